@@ -1,0 +1,48 @@
+"""Configuration of runs: frozen models, recipes and overrides, digests. Nothing of ours is imported here."""
+
+from crate_ray.config.base import SCHEMA_VERSION, ConfigError, Frozen, nearest
+from crate_ray.config.identity import compare_parts, digest, fingerprint, flatten, resume_parts, run_name
+from crate_ray.config.load import dump_yaml, load_run, read_yaml, recipe_names
+from crate_ray.config.model import PRESETS, ModelConfig, preset_values
+from crate_ray.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScaleConfig,
+    ScheduleConfig,
+    StorageConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "SCHEMA_VERSION",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "Frozen",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScaleConfig",
+    "ScheduleConfig",
+    "StorageConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "compare_parts",
+    "digest",
+    "dump_yaml",
+    "fingerprint",
+    "flatten",
+    "load_run",
+    "nearest",
+    "preset_values",
+    "read_yaml",
+    "recipe_names",
+    "resume_parts",
+    "run_name",
+]

@@ -1,0 +1,75 @@
+"""What every configuration model shares: frozen, strict, and errors a user can act on.
+
+In: plain mappings from YAML and the command line. Out: frozen pydantic models.
+Pydantic's own messages name types; ours name the key, the value, what is valid and the fix.
+"""
+
+import difflib
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SCHEMA_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A configuration or input that the user can correct; the command line exits with code 2."""
+
+
+class Frozen(BaseModel):
+    """A strict, immutable configuration section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], *, where: str = "") -> Self:
+        """Builds the section from a mapping.
+
+        Args:
+            values: Nested mapping, as YAML gives it.
+            where: What is being read, for the message ("recipe digits_mae").
+
+        Raises:
+            ConfigError: One line a problem: key, value, what is valid, the fix.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [_explain(cls, item) for item in error.errors()]
+            head = f"invalid configuration in {where}" if where else "invalid configuration"
+            raise ConfigError(f"{head}:\n  " + "\n  ".join(lines)) from None
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """A hint ' (did you mean X?)', or nothing when no valid word is close."""
+    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _explain(root: type[BaseModel], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        valid = sorted(_section(root, item["loc"][:-1]).model_fields)
+        hint = nearest(str(item["loc"][-1]), valid)
+        return f"{key}: unknown key{hint}; valid keys here: {', '.join(valid)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{key}: required and not given"
+    if not key:
+        return message
+    return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section(root: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    """The model class that holds the key, following the location that pydantic gives."""
+    current = root
+    for part in path:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            break
+        candidates = [field.annotation, *get_args(field.annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            break
+        current = nested[0]
+    return current

@@ -1,0 +1,110 @@
+"""Recipes and overrides to a RunConfig, and back to YAML.
+
+In: a recipe name or a path, `a.b=c` strings. Out: RunConfig. Overrides are YAML values, so
+`--set train.steps=600` is a number and `--set data.eval=null` clears a key.
+"""
+
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crate_ray.config.base import ConfigError, nearest
+from crate_ray.config.run import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `3e-5` is a number, which YAML 1.1 reads as a string."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("crate_ray.recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """Parses a YAML mapping.
+
+    Raises:
+        ConfigError: Not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, not {type(values).__name__}")
+    return values
+
+
+def load_run(recipe_or_path: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """See `RunConfig.load`."""
+    text, name = _find(recipe_or_path)
+    values = read_yaml(text, where=f"recipe {recipe_or_path}")
+    values.setdefault("recipe", name)
+    for item in overrides:
+        _apply(values, item)
+    return RunConfig.parse(values, where=f"recipe {recipe_or_path}")
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration, readable by `load_run`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(recipe_or_path: str) -> tuple[str, str]:
+    names = recipe_names()
+    if recipe_or_path in names:
+        return resources.files("crate_ray.recipes").joinpath(f"{recipe_or_path}.yaml").read_text(), recipe_or_path
+    path = Path(recipe_or_path)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.read_text(), path.stem
+    raise ConfigError(
+        f"recipe '{recipe_or_path}' is unknown{nearest(recipe_or_path, names)}; "
+        f"valid: {', '.join(names)}, or the path of a .yaml file"
+    )
+
+
+def _apply(values: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator or not key or any(not part for part in key.split(".")):
+        raise ConfigError(f"--set {item}: expected key=value with a dotted key, such as train.steps=600")
+    *path, last = key.split(".")
+    current = values
+    for part in path:
+        nested = current.setdefault(part, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"--set {item}: '{part}' holds a value, not a section with keys of its own")
+        current = nested
+    try:
+        current[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item}: the value is not valid YAML; quote it") from None
+    _retire_alternative(current, last)
+
+
+_ALTERNATIVES = {
+    "lr": "base_lr",
+    "base_lr": "lr",
+    "steps": "epochs",
+    "epochs": "steps",
+    "warmup_steps": "warmup_epochs",
+    "warmup_epochs": "warmup_steps",
+}
+
+
+def _retire_alternative(section: dict[str, Any], key: str) -> None:
+    """Setting one of two exclusive keys replaces the recipe's other one."""
+    if key in _ALTERNATIVES and section[key] is not None:
+        section.pop(_ALTERNATIVES[key], None)

@@ -1,0 +1,177 @@
+"""The shape of a model, and the named presets.
+
+In: a preset name or explicit keys. Out: a ModelConfig with every key filled in, so that
+what a run records never depends on a later default. The keys are those of the metadata
+in tests/golden, so that a published case is a ModelConfig.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from crate_ray.config.base import ConfigError, Frozen, nearest
+
+PerLayer = float | tuple[float, ...]
+
+
+class ModelConfig(Frozen):
+    """Architecture of one masked autoencoder or classifier.
+
+    `ista_step_size` (eta) and `ista_lambda` are one number, or one for each encoder layer.
+    Keys left out take the published value of the family; `resolved` fills them.
+    """
+
+    family: Literal["crate", "vit"]
+    encoder_tokens: Literal["all", "visible"] = "all"
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    width: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    encoder_depth: int = Field(ge=1)
+    decoder_width: int = Field(ge=1)
+    decoder_depth: int = Field(ge=1)
+    decoder_num_heads: int = Field(ge=1)
+    ista_step_size: PerLayer = 0.1
+    ista_lambda: PerLayer
+    ista_learnable: Literal["none", "layer"] = "none"
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = False
+    qkv_bias: bool
+    block_norm_eps: float = Field(gt=0)
+    final_norm_eps: float = Field(gt=0)
+    num_classes: int | None = Field(None, ge=2)
+    parametrization: Literal["standard"] = "standard"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            # A preset of a fixed width with another one asked for keeps its other keys.
+            values = {**preset_values(preset), **values}
+        return _fill_defaults(values)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}; "
+                f"use an image size of {self.image_size - self.image_size % self.patch_size or self.patch_size}"
+            )
+        for width, heads, name in (
+            (self.width, self.num_heads, ""),
+            (self.decoder_width, self.decoder_num_heads, "decoder_"),
+        ):
+            if width % heads:
+                raise ValueError(
+                    f"{name}width = {width} is not divisible by {name}num_heads = {heads}; valid head counts: "
+                    f"{', '.join(str(h) for h in range(1, width + 1) if width % h == 0)}"
+                )
+            if width % 4:
+                raise ValueError(f"{name}width = {width} must be a multiple of 4: sin-cos positions have four parts")
+        if self.num_classes is None:
+            self._check_masking()
+        for name in ("ista_step_size", "ista_lambda"):
+            value = getattr(self, name)
+            layers = value if isinstance(value, tuple) else (value,) * self.encoder_depth
+            if len(layers) != self.encoder_depth:
+                raise ValueError(
+                    f"{name} has {len(layers)} values; give one, or one for each of the {self.encoder_depth} layers"
+                )
+            if any(not 0 <= v < float("inf") for v in layers):
+                raise ValueError(f"{name} = {value} must be finite and at least 0")
+        return self
+
+    def _check_masking(self) -> None:
+        n = self.num_patches
+        if not 1 <= self.num_kept < n or not 0 <= self.mask_ratio <= 1:
+            raise ValueError(
+                f"mask_ratio = {self.mask_ratio} keeps {self.num_kept} of {n} patches; at least one must be kept and "
+                f"one masked: use a ratio from {1 / n:.4g} to {1 - 1 / n:.4g}"
+            )
+        if self.encoder_tokens == "all" and self.decoder_width != self.width:
+            raise ValueError(
+                f"decoder_width = {self.decoder_width} must equal width = {self.width} when encoder_tokens = all: the mask "
+                "token enters before the encoder; set decoder_width to the width, or encoder_tokens to visible"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_kept(self) -> int:
+        """Patches that stay visible; truncation as in the published code."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    def per_layer(self, name: Literal["ista_step_size", "ista_lambda"]) -> tuple[float, ...]:
+        """The value for each encoder layer."""
+        value: PerLayer = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.encoder_depth
+
+
+def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The published value of each key that depends on the family."""
+    vit = values.get("family") == "vit"
+    facebook = vit and values.get("encoder_tokens") == "visible"
+    classifier = values.get("num_classes") is not None
+    defaults = {
+        "decoder_width": values.get("width"),
+        "decoder_num_heads": values.get("num_heads"),
+        "decoder_depth": 8 if vit else values.get("encoder_depth"),
+        "ista_lambda": 0.1 if classifier else 0.5,
+        "qkv_bias": facebook,
+        "block_norm_eps": 1e-6 if facebook else 1e-5,
+        "final_norm_eps": 1e-5 if classifier else 1e-6,
+    }
+    filled = {key: value for key, value in defaults.items() if values.get(key) is None and value is not None}
+    return {**values, **filled}
+
+
+def _crate(width: int, heads: int, depth: int) -> dict[str, Any]:
+    return {"family": "crate", "encoder_tokens": "all", "width": width, "num_heads": heads, "encoder_depth": depth}
+
+
+def _vit(width: int, heads: int, depth: int, tokens: str, decoder_width: int, decoder_heads: int) -> dict[str, Any]:
+    return {
+        "family": "vit",
+        "encoder_tokens": tokens,
+        "width": width,
+        "num_heads": heads,
+        "encoder_depth": depth,
+        "decoder_width": decoder_width,
+        "decoder_depth": 8,
+        "decoder_num_heads": decoder_heads,
+    }
+
+
+_CRATE_SIZES = {"tiny": (384, 6, 12), "small": (576, 12, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"crate_mae_{size}": _crate(*shape) for size, shape in _CRATE_SIZES.items()},
+    **{f"crate_mae_visible_{size}": {**_crate(*shape), "encoder_tokens": "visible"} for size, shape in _CRATE_SIZES.items()},
+    **{f"crate_{size}": {**_crate(*shape), "num_classes": 1000} for size, shape in _CRATE_SIZES.items()},
+    "mae_small": _vit(384, 6, 12, "visible", 512, 16),
+    "mae_base": _vit(768, 12, 12, "visible", 512, 16),
+    "mae_large": _vit(1024, 16, 24, "visible", 512, 16),
+    "mae_huge": {**_vit(1280, 16, 32, "visible", 512, 16), "patch_size": 14},
+    "mae_all_tokens_base": _vit(768, 12, 12, "all", 768, 16),
+    "mae_all_tokens_large": _vit(1024, 16, 24, "all", 1024, 16),
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The keys that a preset sets.
+
+    Raises:
+        ConfigError: For an unknown name; lists the valid ones.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"model.preset = '{name}' is unknown{nearest(name, list(PRESETS))}; valid: {', '.join(sorted(PRESETS))}"
+        )
+    return PRESETS[name]

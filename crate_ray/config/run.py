@@ -1,0 +1,184 @@
+"""One run, frozen: what to train, on what, how, and where it goes.
+
+In: a recipe with overrides. Out: a RunConfig whose every key is resolved. The digests that
+give a run its identity are in `identity`; this file only says what the keys mean.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from crate_ray.config.base import Frozen
+from crate_ray.config.model import ModelConfig
+
+
+class DataConfig(Frozen):
+    """Shards, their order, and what is done to an image."""
+
+    train: str = Field(description="folder or URL of the training shards with their index")
+    eval: str | None = Field(None, description="validation shards: evaluation, kNN and every choice read these")
+    test: str | None = Field(None, description="test shards: read by `probe --test` and `compare` only")
+    num_loaders: int = Field(2, ge=0, le=256, description="loader threads a worker; 0 decodes in the training thread")
+    lanes: int = Field(64, ge=1, description="canonical lanes of the order")
+    window: int = Field(2048, ge=1, description="samples a lane shuffles at a time")
+    augment: Literal["none", "random_resized_crop"] = "random_resized_crop"
+    crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area range of the random crop, as a share of the image")
+    flip: bool = Field(True, description="mirror half of the images when augmenting")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="per channel, of pixels in [0, 1]")
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    max_pixels: int = Field(89_478_485, ge=1, description="larger images are refused from their header, before decoding")
+    on_error: Literal["replace", "raise"] = "replace"
+    max_replaced_fraction: float = Field(
+        0.001, ge=0, le=1, description="the run stops when more samples than this had to be replaced"
+    )
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("crop_scale needs 0 < smallest <= largest <= 1")
+        return value
+
+
+class OptimizerConfig(Frozen):
+    """AdamW; no decay on norms, biases and tokens, as published."""
+
+    lr: float | None = Field(None, gt=0, description="peak learning rate")
+    base_lr: float | None = Field(None, gt=0, description="peak learning rate for a batch of 256; scaled linearly")
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError(
+                "give exactly one of optimizer.lr (the peak itself) and optimizer.base_lr (times global_batch / 256)"
+            )
+        return self
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr is not None else (self.base_lr or 0.0) * global_batch / 256
+
+
+class ScheduleConfig(Frozen):
+    """Linear warm-up from 0, then a half cosine to `final_lr_fraction` of the peak."""
+
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0)
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise ValueError("give schedule.warmup_steps or schedule.warmup_epochs, not both")
+        return self
+
+
+class TrainConfig(Frozen):
+    """How long and how: the part that decides the numbers."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    global_batch: int = Field(ge=1, description="images a step, over all workers")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images a worker puts through at once; less than its share accumulates"
+    )
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device has it in hardware"
+    )
+    compile: bool = False
+    clip_norm: float | None = Field(None, gt=0)
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        return self
+
+
+class EvalConfig(Frozen):
+    """What is measured while training; never part of a run's identity."""
+
+    every_steps: int | None = Field(None, ge=1, description="validation loss; always once more at the end")
+    probe_every_steps: int | None = Field(None, ge=1, description="kNN on validation")
+    max_images: int | None = Field(None, ge=1, description="validation images for the loss; all of them by default")
+    knn_images: int = Field(2048, ge=1, description="labelled training images that kNN looks among")
+    log_every_steps: int = Field(10, ge=1)
+
+
+class CheckpointConfig(Frozen):
+    """When a run is saved and how many savings are kept."""
+
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(10.0, gt=0)
+    keep_last: int = Field(2, ge=1)
+    stop_grace_s: float = Field(60.0, gt=0, description="seconds that a stop waits for the last checkpoint")
+
+
+class ScaleConfig(Frozen):
+    """Workers and devices; changing these continues the same run."""
+
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool | Literal["auto"] = "auto"
+    cpus_per_worker: float = Field(1.0, gt=0)
+    parallel: Literal["ddp"] = "ddp"
+    max_failures: int = Field(3, ge=0, description="worker group restarts before the run is FAILED")
+
+
+class StorageConfig(Frozen):
+    """Where run folders live: a path, or a URL that pyarrow.fs opens."""
+
+    path: str = "out"
+
+
+class TrackingConfig(Frozen):
+    """MLflow, a mirror of the run folder. None: sqlite beside the run folders."""
+
+    uri: str | None = None
+    experiment: str = "crate-mae/default"
+
+
+class RunConfig(Frozen):
+    """A whole run. `RunConfig.load(recipe_or_path, overrides)` makes one (see `config.load`)."""
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="default: <recipe>-<8 hex of the resume digest>"
+    )
+    recipe: str = "custom"
+    task: Literal["pretrain"] = "pretrain"
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.scale.num_workers > self.train.global_batch:
+            raise ValueError(
+                f"scale.num_workers = {self.scale.num_workers} is more than train.global_batch = {self.train.global_batch}: "
+                f"some workers would have no image; use at most {self.train.global_batch} workers"
+            )
+        if self.model.num_classes is not None:
+            raise ValueError("model.num_classes is set, but task = pretrain trains a masked autoencoder; leave it out")
+        return self
+
+    @classmethod
+    def load(cls, recipe_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> "RunConfig":
+        """Reads a recipe by name, or a YAML file, and applies `a.b=c` overrides.
+
+        Raises:
+            ConfigError: Unknown recipe or key, or a value out of range.
+        """
+        from crate_ray.config.load import load_run
+
+        return load_run(recipe_or_path, overrides)

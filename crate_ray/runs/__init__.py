@@ -1,0 +1,33 @@
+"""The run folder: layout, records, status, lease, fingerprint check. No torch, ray or mlflow here."""
+
+from crate_ray.runs.create import git_state, is_finished, open_run, versions
+from crate_ray.runs.folder import RunFolder, list_runs
+from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
+from crate_ray.runs.records import Record, RecordTail, RecordWriter, decode_number, encode_number, merge_records, read_records
+from crate_ray.runs.status import HEARTBEAT_SECONDS, LEASE_SECONDS, Lease, State, Status, read_status, write_status
+
+__all__ = [
+    "HEARTBEAT_SECONDS",
+    "LEASE_SECONDS",
+    "Lease",
+    "MetricSink",
+    "NullSink",
+    "Record",
+    "RecordTail",
+    "RecordWriter",
+    "RunFolder",
+    "State",
+    "Status",
+    "WorkerContext",
+    "decode_number",
+    "encode_number",
+    "git_state",
+    "is_finished",
+    "list_runs",
+    "merge_records",
+    "open_run",
+    "read_records",
+    "read_status",
+    "versions",
+    "write_status",
+]

@@ -1,0 +1,178 @@
+"""Metric records: what a run measured, in the order it was measured.
+
+A record is one line {"step", "time", "attempt", "values": {key: number}}; non-finite numbers are the
+strings "NaN", "Infinity", "-Infinity", so that every line is JSON. On a local disk the writer appends
+to metrics.jsonl. An object store cannot append: there it writes immutable segments
+metrics/<attempt>-<first_step>.jsonl, every ten seconds and whenever it is flushed.
+The trade-off: a reader parses text, and in return any tool can read a run while it is written.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from crate_ray import storage
+from crate_ray.runs.folder import RunFolder
+
+SEGMENT_SECONDS = 10.0
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Values measured at one step, `time` in unix seconds."""
+
+    step: int
+    time: float
+    attempt: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def to_line(self) -> str:
+        """The JSON line, with its newline."""
+        values = {key: encode_number(value) for key, value in self.values.items()}
+        body = {"step": self.step, "time": round(self.time, 3), "attempt": self.attempt, "values": values}
+        return json.dumps(body, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> "Record":
+        """Parses one line; ValueError for anything else."""
+        body = json.loads(line)
+        values = {key: decode_number(value) for key, value in body["values"].items()}
+        return cls(int(body["step"]), float(body["time"]), int(body["attempt"]), values)
+
+
+def encode_number(value: float) -> float | str:
+    """A number that JSON can hold: non-finite ones by name."""
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def decode_number(value: Any) -> float:
+    """The inverse of `encode_number`."""
+    return _NON_FINITE[value] if isinstance(value, str) else float(value)
+
+
+class RecordWriter:
+    """Appends the records of one attempt; used by rank 0 alone, and after training by the driver.
+
+    Args:
+        folder: The run.
+        attempt: Number of this start of the run, from 1; the highest wins where steps repeat.
+    """
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._pending: list[Record] = []
+        self._last_flush = time.monotonic()
+        if folder.is_local:
+            storage.make_dir(folder.uri)
+            self._file = storage.local_path(folder.path("metrics.jsonl")).open("a+b")
+            _end_last_line(self._file)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records values measured now."""
+        self._pending.append(Record(step, time.time(), self._attempt, dict(values)))
+        if self._folder.is_local or time.monotonic() - self._last_flush > SEGMENT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands everything to the store; called before each checkpoint and at the end."""
+        self._last_flush = time.monotonic()
+        if not self._pending:
+            return
+        lines = "".join(record.to_line() for record in self._pending)
+        if self._folder.is_local:
+            self._file.write(lines.encode())
+            self._file.flush()
+        else:
+            segment = f"{self._attempt:04d}-{self._pending[0].step:08d}-{time.time_ns()}.jsonl"
+            storage.write_atomic(self._folder.path("metrics", segment), lines)
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        if self._folder.is_local:
+            self._file.close()
+
+
+def _end_last_line(file: Any) -> None:
+    """A writer killed in the middle of a line must not swallow the next writer's first one."""
+    if file.seek(0, 2) > 0:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+            file.flush()
+
+
+class RecordTail:
+    """Follows a run's records while they are written, from the beginning or from a saved place."""
+
+    def __init__(self, folder: RunFolder, *, offset: int = 0) -> None:
+        self._folder = folder
+        self.offset = offset
+        self._seen: set[str] = set()
+
+    def poll(self) -> list[Record]:
+        """The records that came since the last call, as they were written; torn lines are left out."""
+        return self._poll_file() if self._folder.is_local else self._poll_segments()
+
+    def _poll_file(self) -> list[Record]:
+        path = storage.local_path(self._folder.path("metrics.jsonl"))
+        try:
+            with path.open("rb") as source:
+                source.seek(self.offset)
+                data = source.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return _parse(whole.decode(errors="replace"))
+
+    def _poll_segments(self) -> list[Record]:
+        records: list[Record] = []
+        for name in storage.list_dir(self._folder.path("metrics")):
+            if name.endswith(".jsonl") and name not in self._seen:
+                records.extend(_parse(storage.read_text(self._folder.path("metrics", name))))
+                self._seen.add(name)
+        return records
+
+
+def _parse(text: str) -> list[Record]:
+    records = []
+    for line in text.splitlines():
+        try:
+            records.append(Record.from_line(line))
+        except (ValueError, KeyError, TypeError):
+            continue  # the torn last line of a writer that was killed
+    return records
+
+
+def merge_records(records: list[Record]) -> list[Record]:
+    """One record for each step, sorted: for a (key, step) the highest attempt wins, and in it the last written."""
+    newest: dict[tuple[int, str], Record] = {}
+    for record in records:
+        for key in record.values:
+            held = newest.get((record.step, key))
+            if held is None or record.attempt >= held.attempt:
+                newest[(record.step, key)] = record
+    by_step: dict[int, list[tuple[str, Record]]] = {}
+    for (step, key), record in newest.items():
+        by_step.setdefault(step, []).append((key, record))
+    merged = []
+    for step in sorted(by_step):
+        pairs = by_step[step]
+        values = {key: record.values[key] for key, record in pairs}
+        merged.append(Record(step, max(r.time for _, r in pairs), max(r.attempt for _, r in pairs), values))
+    return merged
+
+
+def read_records(folder: RunFolder) -> list[Record]:
+    """The run's history: one record a step, repeated steps resolved to the highest attempt."""
+    return merge_records(RecordTail(folder).poll())
