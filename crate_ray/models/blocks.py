@@ -1,0 +1,202 @@
+"""The layers: CRATE encoder and decoder layer, transformer layer.
+
+In: tokens (B, N, D). Out: tokens of the same shape. The ISTA step is computed with two matrix products
+instead of the published three, which is the same algebra at 8 instead of 10 N D^2 operations a layer;
+attention is fused where that was measured to be faster (`attend`).
+
+Shapes: B batch, N tokens with the class token, D width, H heads, P = D / H head width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def attend(q_BHNP: Tensor, k_BHNP: Tensor, v_BHNP: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(P)) v by the faster of two kernels.
+
+    A GPU runs the fused kernel. A CPU runs it in float32 only: in bfloat16 it took 3 to 8 times as long
+    as two matrix products and a softmax (docs/numerics.md has the figures and the command).
+    """
+    if q_BHNP.device.type == "cpu" and q_BHNP.dtype in (torch.bfloat16, torch.float16):
+        logits_BHNN = (q_BHNP * q_BHNP.shape[-1] ** -0.5) @ k_BHNP.transpose(-2, -1)
+        weights_BHNN: Tensor = logits_BHNN.softmax(dim=-1)
+        return weights_BHNN @ v_BHNP
+    return functional.scaled_dot_product_attention(q_BHNP, k_BHNP, v_BHNP)
+
+
+class SubspaceAttention(nn.Module):
+    r"""Multi-head subspace self-attention (MSSA): queries, keys and values are one projection.
+
+    .. math:: MSSA(Z) = W [V_1 A_1; ...; V_H A_H] + b,  V_h = U_h^T Z,  A_h = softmax(V_h^T V_h / \sqrt{P})
+
+    Z: tokens, D x N (columns are tokens in the text, rows here). U_h: basis of subspace h, D x P; the H
+    transposed bases stacked are `qkv.weight`, D x D, without bias. W: `proj.weight`, D x D; b: D.
+
+    Source: Yu et al., "White-Box Transformers via Sparse Rate Reduction" (arXiv:2306.01129), the MSSA operator.
+    As in the published code and unlike that text: logits are scaled by 1 / sqrt(P); a learned W with bias stands
+    where the text has [U_1 ... U_H] and the factor p / (N eps^2). One head has no W and b, as published.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width) if num_heads > 1 else nn.Identity()
+
+    def project(self, z_BND: Tensor) -> Tensor:
+        """The coordinates U_h^T z in every subspace, (B, H, N, P): what coding rates are measured on."""
+        stacked_BND: Tensor = self.qkv(z_BND)
+        return stacked_BND.reshape(*stacked_BND.shape[:-1], self.num_heads, -1).transpose(1, 2)
+
+    def forward(self, z_BND: Tensor) -> Tensor:
+        """MSSA(z), without the residual."""
+        v_BHNP = self.project(z_BND)
+        return self.proj(attend(v_BHNP, v_BHNP, v_BHNP).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class IstaStep(nn.Module):
+    r"""One proximal gradient step on a non-negative sparse code.
+
+    .. math:: ISTA(y) = ReLU(y + \eta D^T (y - D y) - \eta \lambda 1)
+
+    y: token, D-dimensional. D: `dictionary`, D x D, complete and without bias. eta > 0: step size.
+    lambda >= 0: weight of the l1 norm; the threshold is eta lambda. Every output is at least 0, and no residual
+    goes around the step.
+
+    Source: Yu et al., arXiv:2306.01129, the ISTA block: a step on 1/2 |y - D x|^2 + lambda |x|_1 over x >= 0 from x = y.
+    The published code computes y + eta (D^T y - D^T D y) - eta lambda with three products; these are two.
+    The texts use eta = 1 or 0.1 and lambda = 0.1; the published autoencoder 0.1 and 5.0, later 0.5.
+
+    With `learnable`, eta and lambda are trained as `log_step_size` and `log_lambda`, which keeps them positive and
+    makes an optimizer step relative.
+    """
+
+    def __init__(self, width: int, *, step_size: float, lam: float, learnable: bool = False) -> None:
+        super().__init__()
+        self.dictionary = nn.Parameter(torch.empty(width, width))
+        nn.init.kaiming_uniform_(self.dictionary)
+        self._constants = (step_size, lam)
+        self.learnable = learnable
+        if learnable:
+            self.log_step_size = nn.Parameter(torch.full((1,), math.log(step_size)))
+            self.log_lambda = nn.Parameter(torch.full((1,), math.log(lam)))
+
+    @property
+    def step_size(self) -> float | Tensor:
+        """eta: a number, or a tensor of shape (1,) when trained."""
+        return self.log_step_size.exp() if self.learnable else self._constants[0]
+
+    @property
+    def lam(self) -> float | Tensor:
+        """lambda: a number, or a tensor of shape (1,) when trained."""
+        return self.log_lambda.exp() if self.learnable else self._constants[1]
+
+    def forward(self, y_BND: Tensor) -> Tensor:
+        """The sparse code after one step."""
+        residual_BND = y_BND - functional.linear(y_BND, self.dictionary)
+        ascent_BND = functional.linear(residual_BND, self.dictionary.t())
+        return functional.relu(y_BND + self.step_size * (ascent_BND - self.lam))
+
+
+class CrateEncoderLayer(nn.Module):
+    r"""Compression, then sparsification.
+
+    .. math:: Z' = Z + MSSA(LN_1(Z)),  Z^+ = ISTA(LN_2(Z'))
+
+    Z: tokens, D x N. Source: arXiv:2306.01129 and, for the autoencoder, Pai et al. (arXiv:2404.02446).
+    The residual is taken before LN_1, as in the published code; a figure of arXiv:2311.13110 draws it after.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, eps: float, step_size: float, lam: float, learnable: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SubspaceAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.ista = IstaStep(width, step_size=step_size, lam=lam, learnable=learnable)
+
+    def forward(self, z_BND: Tensor) -> Tensor:
+        """Z^{l+1} from Z^l."""
+        half_BND = z_BND + self.attn(self.norm1(z_BND))
+        return self.ista(self.norm2(half_BND))  # type: ignore[no-any-return]
+
+
+class CrateDecoderLayer(nn.Module):
+    r"""The encoder layer run backwards: synthesis, then the inverse of a compression.
+
+    .. math:: Y' = E LN_1(Y),  Y^+ = Y' - MSSA(LN_2(Y'))
+
+    Y: tokens, D x N. E: `dictionary`, D x D, without bias and without ReLU. Source: Pai et al., arXiv:2404.02446.
+    The text writes E as a transposed dictionary; it is a free matrix, so that is naming only.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.dictionary = nn.Parameter(torch.empty(width, width))
+        nn.init.kaiming_uniform_(self.dictionary)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.attn = SubspaceAttention(width, num_heads)
+
+    def forward(self, y_BND: Tensor) -> Tensor:
+        """Y^{l+1} from Y^l."""
+        synthesis_BND = functional.linear(self.norm1(y_BND), self.dictionary)
+        return synthesis_BND - self.attn(self.norm2(synthesis_BND))  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    r"""Multi-head self-attention: W softmax(Q K^T / \sqrt{P}) V + b.
+
+    Q, K, V: three projections in one `qkv.weight`, 3D x D, rows in the order Q, K, V. Source: Vaswani et al. 2017.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Attention without the residual."""
+        qkv = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1))
+        q_BHNP, k_BHNP, v_BHNP = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(q_BHNP, k_BHNP, v_BHNP).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between, hidden width 4D."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """The perceptron without the residual."""
+        return self.fc2(functional.gelu(self.fc1(x_BND)))  # type: ignore[no-any-return]
+
+
+class TransformerLayer(nn.Module):
+    r"""The pre-norm layer of ViT and MAE.
+
+    .. math:: X' = X + Attention(LN_1(X)),  X^+ = X' + MLP(LN_2(X'))
+
+    X: tokens, D x N. Source: Dosovitskiy et al. 2021, equations 2 and 3. The baseline in the CRATE repository has
+    no bias on Q, K, V and LayerNorm eps 1e-5; the published MAE has the bias and 1e-6.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, eps: float, qkv_bias: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SelfAttention(width, num_heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """X^{l+1} from X^l."""
+        half_BND = x_BND + self.attn(self.norm1(x_BND))
+        return half_BND + self.mlp(self.norm2(half_BND))  # type: ignore[no-any-return]

@@ -1,0 +1,63 @@
+"""Stacks of layers from a configuration, shared by the autoencoder and the classifier.
+
+In: a ModelConfig. Out: the encoder's and the decoder's `nn.ModuleList`. The one place that
+knows which family uses which layer.
+"""
+
+from torch import Tensor, nn
+
+from crate_ray.config import ConfigError, ModelConfig
+from crate_ray.models.blocks import CrateDecoderLayer, CrateEncoderLayer, TransformerLayer
+
+
+def encoder_layers(config: ModelConfig) -> nn.ModuleList:
+    """The encoder, first layer first.
+
+    Raises:
+        ConfigError: A step size or lambda of 0 is to be trained; its logarithm is.
+    """
+    if config.family == "vit":
+        return _transformer_layers(config, config.encoder_depth, config.width, config.num_heads)
+    steps, lambdas = config.per_layer("ista_step_size"), config.per_layer("ista_lambda")
+    learnable = config.ista_learnable == "layer"
+    if learnable and not (min(steps) > 0 and min(lambdas) > 0):
+        raise ConfigError(
+            f"ista_learnable = 'layer' trains logarithms, but ista_step_size = {config.ista_step_size} and "
+            f"ista_lambda = {config.ista_lambda} hold a 0; start from positive values, or set ista_learnable to 'none'"
+        )
+    return nn.ModuleList(
+        CrateEncoderLayer(
+            config.width, config.num_heads, eps=config.block_norm_eps, step_size=eta, lam=lam, learnable=learnable
+        )
+        for eta, lam in zip(steps, lambdas, strict=True)
+    )
+
+
+def decoder_layers(config: ModelConfig) -> nn.ModuleList:
+    """The decoder, first layer first."""
+    if config.family == "vit":
+        return _transformer_layers(config, config.decoder_depth, config.decoder_width, config.decoder_num_heads)
+    return nn.ModuleList(
+        CrateDecoderLayer(config.decoder_width, config.decoder_num_heads, eps=config.block_norm_eps)
+        for _ in range(config.decoder_depth)
+    )
+
+
+def check_images(config: ModelConfig, images_BCHW: Tensor) -> None:
+    """Refuses images of another size than the model's.
+
+    Raises:
+        ConfigError: Names both shapes.
+    """
+    side = config.image_size
+    if tuple(images_BCHW.shape[1:]) != (3, side, side):
+        raise ConfigError(
+            f"images have shape {tuple(images_BCHW.shape)}, but model.image_size = {side} needs (batch, 3, {side}, {side}); "
+            "resize the images, or set model.image_size"
+        )
+
+
+def _transformer_layers(config: ModelConfig, depth: int, width: int, num_heads: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        TransformerLayer(width, num_heads, eps=config.block_norm_eps, qkv_bias=config.qkv_bias) for _ in range(depth)
+    )
