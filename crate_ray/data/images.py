@@ -1,0 +1,163 @@
+"""From the bytes of an image to pixels of the size a model takes.
+
+In: JPEG, PNG or WebP bytes from strangers. Out: uint8 tensors (3, S, S), RGB; the device normalises them.
+The size is read from the file's header by a parser of our own and refused when too large, before any decoder allocates
+memory for it. torchvision decodes (a third faster than PIL); resizing is bicubic with antialiasing on uint8, which agrees
+with PIL to one level. Orientation tags are ignored, as in the published pipelines.
+"""
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crate_ray.data.shards import Buffer
+from crate_ray.data.streams import Purpose, stream
+
+Augmentation = Literal["none", "random_resized_crop"]
+
+DEFAULT_MAX_PIXELS = 89_478_485
+_ASPECT = (3 / 4, 4 / 3)
+_CROP_TRIES = 10
+_JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE_MARKERS = frozenset({0x01, 0xFF, *range(0xD0, 0xD9)})
+
+
+class ImageError(ValueError):
+    """An image that cannot or must not be decoded; the message says why."""
+
+
+def _png_size(data: Buffer) -> tuple[int, int]:
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def _jpeg_size(data: Buffer) -> tuple[int, int]:
+    """Width and height from the first frame header; the segments before it are skipped by their lengths."""
+    position = 2
+    while data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker in _JPEG_SIZE_MARKERS:
+            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
+            return width, height
+        position += 1 if marker == 0xFF else 2
+        if marker not in _JPEG_BARE_MARKERS:
+            position += int.from_bytes(data[position : position + 2], "big")
+    raise ImageError("its JPEG segments are damaged before the frame header")
+
+
+def _webp_size(data: Buffer) -> tuple[int, int]:
+    chunk = bytes(data[12:16])
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", data[26:30])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _reader_of(data: Buffer) -> tuple[str, Callable[[Buffer], tuple[int, int]]]:
+    start = bytes(data[:12])
+    if start[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png", _png_size
+    if start[:3] == b"\xff\xd8\xff":
+        return "jpg", _jpeg_size
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return "webp", _webp_size
+    raise ImageError(f"it is neither JPEG, PNG nor WebP (it starts with {start[:8]!r})")
+
+
+def read_header(data: Buffer) -> tuple[str, int, int]:
+    """Return the format (jpg, png or webp), the width and the height in pixels that an image's header declares.
+
+    Raises:
+        ImageError: When the bytes are no such image or end before its size.
+    """
+    name, read_size = _reader_of(data)
+    try:
+        width, height = read_size(data)
+    except (IndexError, struct.error):
+        raise ImageError("it ends inside its header") from None
+    return name, width, height
+
+
+def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
+    """Decode an image to RGB, (3, H, W) uint8. Grey is repeated, alpha dropped, CMYK converted, 16 bits cut to 8.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Images whose header declares more are refused before decoding.
+
+    Raises:
+        ImageError: When the image is too large or cannot be decoded.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+
+    _, width, height = read_header(data)
+    if width * height > max_pixels or width * height == 0:
+        raise ImageError(f"its header declares {width} x {height} pixels; between 1 and data.max_pixels={max_pixels} are decoded")
+    # A bytearray, because torch warns of tensors over memory that it may not write.
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        image = decode_image(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ImageError(f"it cannot be decoded: {str(error).splitlines()[0]}") from None
+    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
+
+
+def resize(image_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize a uint8 image, bicubic with antialiasing; the image itself when it has that size."""
+    if image_CHW.shape[-2:] == (height, width):
+        return image_CHW
+    return torch.nn.functional.interpolate(image_CHW[None], size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def center_crop(image_CHW: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Resize the shorter side to 256/224 of `image_size`, then cut the central square; identity at exactly that size."""
+    height, width = image_CHW.shape[-2:]
+    if height == width == image_size:
+        return image_CHW
+    scale = round(image_size * 256 / 224) / min(height, width)
+    resized = resize(image_CHW, max(image_size, round(height * scale)), max(image_size, round(width * scale)))
+    top, left = (resized.shape[-2] - image_size) // 2, (resized.shape[-1] - image_size) // 2
+    return resized[:, top : top + image_size, left : left + image_size]
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw the box (top, left, height, width) of a random resized crop (Szegedy et al. 2015, as in torchvision).
+
+    The area is uniform in `scale` times the image's, the logarithm of the aspect ratio uniform between 3/4 and 4/3. After ten
+    boxes that do not fit, the largest central box within those ratios is taken. Always draws the same count of numbers.
+    """
+    draws = generator.random((_CROP_TRIES, 4))
+    log_ratio = math.log(_ASPECT[0]), math.log(_ASPECT[1])
+    for u_area, u_ratio, u_top, u_left in draws.tolist():
+        area = height * width * (scale[0] + u_area * (scale[1] - scale[0]))
+        ratio = math.exp(log_ratio[0] + u_ratio * (log_ratio[1] - log_ratio[0]))
+        box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            return int(u_top * (height - box_height + 1)), int(u_left * (width - box_width + 1)), box_height, box_width
+    box_height, box_width = min(height, round(width / _ASPECT[0])), min(width, round(height * _ASPECT[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_resized_crop(
+    image_CHW: torch.Tensor, image_size: int, *, scale: tuple[float, float], flip: bool, generator: np.random.Generator
+) -> torch.Tensor:
+    """Cut a random box, resize it to (3, S, S) and mirror half of the images when `flip`."""
+    top, left, height, width = crop_box(image_CHW.shape[-2], image_CHW.shape[-1], scale, generator)
+    mirrored = generator.random() < 0.5
+    cropped = resize(image_CHW[:, top : top + height, left : left + width], image_size, image_size)
+    return cropped.flip(-1) if flip and mirrored else cropped
+
+
+def mask_noise(length: int, *, seed: int, epoch: int, sample_id: int) -> NDArray[np.float32]:
+    """Uniform float32 noise in [0, 1) that decides which patches of a sample are masked, (length,)."""
+    return stream(Purpose.NOISE, seed=seed, epoch=epoch, item=sample_id).random(length, dtype=np.float32)

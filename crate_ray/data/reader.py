@@ -1,0 +1,321 @@
+"""Reading batches: positions of the order become decoded images, in order, on threads that run ahead.
+
+In: a folder of shards with its index, a rank of a world, a cursor. Out: an endless iterator of `Batch`.
+Threads only execute tasks that the order has already fixed, so their number never changes a batch; decoding
+releases the interpreter's lock, so threads scale without copying images between processes. The trade-off: the few
+microseconds of Python a sample are serial, which bounds one reader at some ten thousand small images a second.
+A sample that cannot be read is replaced by its neighbour at the same position, counted, and bounded.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import torch
+
+from crate_ray.config import ConfigError
+from crate_ray.data.images import DEFAULT_MAX_PIXELS, Augmentation
+from crate_ray.data.index import load_index
+from crate_ray.data.order import SampleOrder, global_batch, rank_slice
+from crate_ray.data.samples import SampleLoader, Transform
+
+logger = logging.getLogger(__name__)
+
+_ALWAYS_REPLACEABLE = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, on the CPU.
+
+    Attributes:
+        images_BCHW: uint8, RGB.
+        labels_B: int64; -1 without a label.
+        noise_BN: float32 in [0, 1), or None when no noise was asked for.
+        weights_B: float32; 0 on rows that only pad the batch, else 1.
+        sample_ids_B: int64; rows of the index that the images come from.
+        epochs_B: int64; pass over the data each row belongs to.
+        cursor_after: Samples consumed over all epochs and ranks once this batch is done.
+    """
+
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    noise_BN: torch.Tensor | None
+    weights_B: torch.Tensor
+    sample_ids_B: torch.Tensor
+    epochs_B: torch.Tensor
+    cursor_after: int
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The images, under the name that evaluation takes."""
+        return self.images_BCHW
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The labels, under the name that evaluation takes."""
+        return self.labels_B
+
+
+class _PendingBatch:
+    """A batch that threads are filling, each its own rows."""
+
+    def __init__(
+        self, loader: SampleLoader, pool: ThreadPoolExecutor | None, ids_B: np.ndarray, epochs_B: np.ndarray, *, num_tasks: int
+    ) -> None:
+        self._buffers = loader.allocate(len(ids_B))
+        self._ids_B, self._epochs_B = ids_B, epochs_B
+        bounds = [i * len(ids_B) // num_tasks for i in range(num_tasks + 1)]
+        slices = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+        self._tasks: list[Future[int]] = []
+        self._inline = 0
+        for rows in slices:
+            if pool is None:
+                self._inline += loader.fill(self._buffers, rows, ids_B, epochs_B)
+            else:
+                self._tasks.append(pool.submit(loader.fill, self._buffers, rows, ids_B, epochs_B))
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def finish(self, *, padded: int, cursor_after: int) -> tuple[Batch, int]:
+        """Wait for the rows, pad them with weightless copies of the first; also return how many were replaced."""
+        replaced = self._inline + sum(task.result() for task in self._tasks)
+        num_rows = len(self._ids_B)
+        rows = torch.arange(padded)
+        weights_B = (rows < num_rows).float()
+        rows = torch.where(rows < num_rows, rows, 0)
+
+        def pad(values: np.ndarray) -> torch.Tensor:
+            tensor = torch.from_numpy(values)
+            return tensor if padded == num_rows else tensor[rows]
+
+        noise = self._buffers.noise_BN
+        batch = Batch(
+            pad(self._buffers.images_BCHW),
+            pad(self._buffers.labels_B),
+            None if noise is None else pad(noise),
+            weights_B,
+            pad(self._buffers.sample_ids_B),
+            pad(self._epochs_B),
+            cursor_after,
+        )
+        return batch, replaced
+
+
+class Reader:
+    """An endless iterator over one rank's batches; made by `open_reader`.
+
+    Attributes:
+        replaced_samples: Samples handed out so far by this reader that stand in for unreadable ones.
+    """
+
+    def __init__(
+        self,
+        loader: SampleLoader,
+        order: SampleOrder,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        cursor: int,
+        num_loaders: int,
+        prefetch: int,
+        max_replaced_fraction: float,
+    ) -> None:
+        self._loader, self._order, self._batch_size = loader, order, batch_size
+        self._slice = rank_slice(rank, world_size, batch_size)
+        self._cursor = self._next_cursor = cursor
+        self._depth = prefetch if num_loaders else 1
+        self._num_tasks = max(1, num_loaders)
+        self._pool = ThreadPoolExecutor(num_loaders, thread_name_prefix="crate-ray-loader") if num_loaders else None
+        self._pending: deque[_PendingBatch] = deque()
+        self._ordered_epoch = -1
+        self._delivered = 0
+        self._max_replaced_fraction = max_replaced_fraction
+        self.replaced_samples = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def _submit(self) -> None:
+        rows = global_batch(self._order, cursor=self._next_cursor, size=self._batch_size)
+        self._next_cursor += self._batch_size
+        mine = slice(self._slice.start, self._slice.stop)
+        ids_B, epochs_B = np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
+        self._pending.append(_PendingBatch(self._loader, self._pool, ids_B, epochs_B, num_tasks=self._num_tasks))
+        epoch = self._next_cursor // self._order.num_samples
+        if self._pool is not None and epoch > self._ordered_epoch:
+            self._ordered_epoch = epoch
+            self._pool.submit(self._order.epoch, epoch + 1)
+
+    def __next__(self) -> Batch:
+        while len(self._pending) < self._depth:
+            self._submit()
+        pending = self._pending.popleft()
+        batch, replaced = pending.finish(padded=self._slice.padded, cursor_after=self._cursor + self._batch_size)
+        self._cursor += self._batch_size
+        self._delivered += self._slice.stop - self._slice.start
+        if replaced:
+            self._count_replaced(replaced)
+        return batch
+
+    def _count_replaced(self, replaced: int) -> None:
+        self.replaced_samples += replaced
+        allowed = self._max_replaced_fraction * self._delivered
+        if self._max_replaced_fraction > 0:
+            allowed = max(allowed, _ALWAYS_REPLACEABLE)
+        if self.replaced_samples > allowed:
+            raise ConfigError(
+                f"{self.replaced_samples} of {self._delivered} samples could not be read and were replaced, more than "
+                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; run `crate-ray data verify {self._loader.index.url}`"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last batch handed out: all that a resumed run needs, with any number of ranks."""
+        return {"cursor": self._cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position; batches that were read ahead are thrown away."""
+        self._discard()
+        self._cursor = self._next_cursor = int(state["cursor"])
+        self._ordered_epoch = -1
+
+    def _discard(self) -> None:
+        for pending in self._pending:
+            pending.cancel()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Stop the threads and close the shards; the reader is of no use afterwards."""
+        self._discard()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_reader(
+    url: str,
+    *,
+    global_batch: int,
+    image_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    cursor: int = 0,
+    lanes: int = 64,
+    window: int = 2048,
+    num_loaders: int = 2,
+    augment: Augmentation = "none",
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+    noise_size: int = 0,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    on_error: Literal["replace", "raise"] = "replace",
+    max_replaced_fraction: float = 0.001,
+    prefetch: int = 4,
+) -> Reader:
+    """Open a folder of shards for training.
+
+    Args:
+        url: Folder of shards with their index, local or remote.
+        global_batch: Samples B a step over all ranks.
+        image_size: Side S of the images handed out, pixels.
+        rank: This process, 0 <= rank < world_size.
+        world_size: Processes W that share every global batch, 1 <= W <= B.
+        seed: Decides order, crops, flips and noise.
+        cursor: Samples consumed before, over all epochs.
+        lanes: Canonical lanes of the order.
+        window: Samples of a lane that are shuffled together.
+        num_loaders: Threads; 0 reads in the calling thread.
+        augment: `random_resized_crop`, or `none` for a deterministic resize and central crop.
+        crop_scale: Area range of the random crop, as a share of the image.
+        flip: Mirror half of the images when augmenting.
+        noise_size: Length N of the mask noise of a sample; 0 for none.
+        max_pixels: Larger images are refused from their header.
+        on_error: What to do with a sample that cannot be read.
+        max_replaced_fraction: Raise once more than this share (and more than 8) had to be replaced; 0 allows none.
+        prefetch: Batches read ahead.
+
+    Raises:
+        ConfigError: For a missing index, more ranks than samples in a batch, or a value out of range.
+    """
+    for name, value, least in (("global_batch", global_batch, 1), ("image_size", image_size, 1), ("cursor", cursor, 0), ("prefetch", prefetch, 1)):
+        if value < least:
+            raise ConfigError(f"{name}={value} is too small; it is at least {least}")
+    index = load_index(url)
+    transform = Transform(image_size, augment, crop_scale, flip, noise_size, seed, max_pixels)
+    return Reader(
+        SampleLoader(index, transform, replace=on_error == "replace"),
+        SampleOrder(index.shard_sizes, seed=seed, lanes=lanes, window=window),
+        batch_size=global_batch,
+        rank=rank,
+        world_size=world_size,
+        cursor=cursor,
+        num_loaders=num_loaders,
+        prefetch=prefetch,
+        max_replaced_fraction=max_replaced_fraction,
+    )
+
+
+def read_all(
+    url: str,
+    *,
+    batch_size: int,
+    image_size: int,
+    num_loaders: int = 2,
+    sample_ids: Sequence[int] | np.ndarray | None = None,
+    noise_size: int = 0,
+    seed: int = 0,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Read samples once in index order, resized and cut centrally, for evaluation; the last batch may be shorter.
+
+    Mask noise is that of epoch 0, so every pass masks the same patches. An unreadable sample raises: numbers that are
+    compared must not rest on a stand-in.
+
+    Args:
+        url: Folder of shards with their index.
+        batch_size: Samples in a batch.
+        image_size: Side S of the images handed out, pixels.
+        num_loaders: Threads; 0 reads in the calling thread.
+        sample_ids: Rows of the index to read, in this order; all by default.
+        noise_size: Length N of the mask noise of a sample; 0 for none.
+        seed: Seed of the noise.
+        max_pixels: Larger images are refused from their header.
+        prefetch: Batches read ahead.
+    """
+    index = load_index(url)
+    ids = np.arange(index.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
+    loader = SampleLoader(index, Transform(image_size, noise_size=noise_size, seed=seed, max_pixels=max_pixels), replace=False)
+    pool = ThreadPoolExecutor(num_loaders, thread_name_prefix="crate-ray-loader") if num_loaders else None
+    pending: deque[_PendingBatch] = deque()
+    starts = deque(range(0, len(ids), batch_size))
+    done = 0
+    try:
+        while starts or pending:
+            while starts and len(pending) < (prefetch if pool else 1):
+                ids_B = ids[starts[0] : starts.popleft() + batch_size]
+                pending.append(_PendingBatch(loader, pool, ids_B, np.zeros_like(ids_B), num_tasks=max(1, num_loaders)))
+            num_rows = min(batch_size, len(ids) - done)
+            done += num_rows
+            yield pending.popleft().finish(padded=num_rows, cursor_after=done)[0]
+    finally:
+        for batch in pending:
+            batch.cancel()
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
+        loader.close()
