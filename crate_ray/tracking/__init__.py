@@ -1,0 +1,21 @@
+"""MLflow, a mirror of the run folders. The only room that imports mlflow, and only inside functions."""
+
+from crate_ray.tracking.client import default_uri, initialise, web_url
+from crate_ray.tracking.mirror import Mirror, MirrorSummary
+from crate_ray.tracking.sync import SyncResult, log_comparison, sync
+from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
+
+__all__ = [
+    "CURVES",
+    "EFFICIENCY",
+    "Mirror",
+    "MirrorSummary",
+    "SyncResult",
+    "default_uri",
+    "initialise",
+    "log_comparison",
+    "sync",
+    "view_url",
+    "web_url",
+    "write_views",
+]

@@ -1,0 +1,163 @@
+"""How a run is described in MLflow: its name, tags and parameters.
+
+In: run_meta.json, config.yaml and fingerprint.json of a run folder. Out: flat strings. Everything
+here follows from the folder alone, so that a replay years later says the same. The trade-off: a
+few parameters that tell runs apart in a table, not the whole configuration, which is an artifact.
+"""
+
+import getpass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from crate_ray.config import ConfigError, ModelConfig, RunConfig
+from crate_ray.runs import RunFolder
+
+RUN_UID_TAG = "crate_ray.run_uid"
+PARENT_TAG = "mlflow.parentRunId"
+MAX_NAME = 18  # what the run list shows of a name
+MAX_KEY = 250
+MAX_PARAM = 6000
+MAX_TAG = 8000
+# Vermilion and blue of Okabe and Ito: told apart with every kind of colour vision.
+FAMILY_COLOURS = {"crate": "#d55e00", "vit": "#0072b2"}
+_OTHER_COLOUR = "#7f7f7f"
+_TRAINED = ("train", "trial", "control")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What MLflow is told of a run when it is created."""
+
+    run_uid: str
+    parent_uid: str | None
+    name: str
+    start_ms: int
+    tags: dict[str, str]
+    params: dict[str, str]
+
+
+def describe(folder: RunFolder) -> Description | None:
+    """Reads a run folder; None while it has no run_meta.json."""
+    meta = folder.read_json("run_meta.json")
+    if meta is None:
+        return None
+    config = _config(folder, str(meta["kind"]))
+    fingerprint = folder.read_json("fingerprint.json") or {}
+    precision = fingerprint.get("compare", {}).get("parts", {}).get("precision")
+    return Description(
+        run_uid=str(meta["run_uid"]),
+        parent_uid=meta.get("parent_uid"),
+        name=run_name(folder.name, config),
+        start_ms=to_ms(float(meta["created"])),
+        tags=_tags(meta, config),
+        params=params_of(config, precision) if config else {},
+    )
+
+
+def to_ms(time_s: float) -> int:
+    """Unix seconds as MLflow's milliseconds."""
+    return round(time_s * 1000)
+
+
+def metric_key(key: str) -> str:
+    """The key with the characters that MLflow refuses replaced; one bad key would refuse its whole batch."""
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
+
+
+def run_name(folder_name: str, config: RunConfig | None) -> str:
+    """At most 18 characters, what tells runs apart first: `12x384 s0 crate`, `12x384 e0.2 s1 crate`.
+
+    A name that the user chose stands as it is, up to the length that MLflow shows.
+    """
+    if config is None or config.name is not None:
+        return folder_name[:MAX_NAME]
+    model = config.model
+    parts = [f"{model.encoder_depth}x{model.width}"]
+    if model.family == "crate" and model.ista_step_size != 0.1:
+        parts.append(f"e{_number(model.ista_step_size)}")
+    if model.mask_ratio != 0.75:
+        parts.append(f"m{_number(model.mask_ratio)}")
+    return " ".join([*parts, f"s{config.train.seed}", model.family])[:MAX_NAME]
+
+
+def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]:
+    """The parameters of a run, flat; `precision` is the resolved one."""
+    model = config.model
+    name = model_name(model)
+    values: dict[str, Any] = {
+        "model": name,
+        "arch": f"{name} {model.encoder_depth}x{model.width}",
+        "depth": model.encoder_depth,
+        "width": model.width,
+        "heads": model.num_heads,
+        "patch": model.patch_size,
+        "mask_ratio": model.mask_ratio,
+        "ista_step_size": model.ista_step_size if model.family == "crate" else "none",
+        "ista_lambda": model.ista_lambda if model.family == "crate" else "none",
+        "dataset": dataset_name(config.data.train),
+        "global_batch": config.train.global_batch,
+        "lr": config.optimizer.peak_lr(config.train.global_batch),
+        "wd": config.optimizer.weight_decay,
+        "seed": config.train.seed,
+        "precision": precision or config.train.precision,
+    }
+    return {key: _number(value)[:MAX_PARAM] for key, value in values.items()}
+
+
+def model_name(model: ModelConfig) -> str:
+    """The model as the presets call it, without a size."""
+    if model.family == "crate":
+        return "crate_mae" if model.encoder_tokens == "all" else "crate_mae_visible"
+    return "mae" if model.encoder_tokens == "visible" else "mae_all_tokens"
+
+
+def dataset_name(uri: str) -> str:
+    """The data set's folder: the last component that is not the name of a split."""
+    parts = [part for part in uri.split("/") if part]
+    while len(parts) > 1 and parts[-1] in ("train", "validation", "test"):
+        parts.pop()
+    return parts[-1] if parts else uri
+
+
+def _config(folder: RunFolder, kind: str) -> RunConfig | None:
+    """The configuration of a trained run; a sweep or a comparison has another kind of one, or none."""
+    if kind not in _TRAINED:
+        return None
+    try:
+        return folder.read_config()
+    except (FileNotFoundError, ConfigError):
+        return None
+
+
+def _tags(meta: Mapping[str, Any], config: RunConfig | None) -> dict[str, str]:
+    family = meta.get("family") or (config.model.family if config else None)
+    values = {
+        RUN_UID_TAG: meta["run_uid"],
+        "kind": meta["kind"],
+        "family": family,
+        "study": meta.get("study"),
+        "stage": meta.get("stage"),
+        "seed": config.train.seed if config else None,
+        "mlflow.runColor": FAMILY_COLOURS.get(str(family), _OTHER_COLOUR),
+        "mlflow.user": _user(),
+        "mlflow.source.name": meta.get("command"),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": meta.get("git_commit"),
+    }
+    return {key: str(value)[:MAX_TAG] for key, value in values.items() if value not in (None, "")}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in passwd
+        return "unknown"
+
+
+def _number(value: Any) -> str:
+    """Numbers without trailing digits, tuples as comma-separated lists."""
+    if isinstance(value, tuple):
+        return ",".join(_number(item) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,211 @@
+"""The driver's mirror: one thread that follows run folders and sends them to MLflow.
+
+In: run folders while they are written. Out: MLflow runs, as close behind as the server allows.
+The run folder is the queue: nothing is lost when the server is down, slow or silent, or when this
+process dies, and nothing is held in memory beyond `max_pending` records. The caller never waits:
+`follow` hands over a name, `close` is bounded. The trade-off: one thread for all runs, so that a slow
+server delays the mirror of every run, and the training of none.
+"""
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from crate_ray.config import ConfigError
+from crate_ray.runs import RunFolder
+from crate_ray.tracking.client import absolute_uri, first_line, open_client, open_experiment, public_uri, web_url
+from crate_ray.tracking.replay import RunReplay, Session
+from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
+
+logger = logging.getLogger(__name__)
+
+_PASS_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 60.0
+# The server's word about one run; anything else is taken for a server in trouble.
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
+
+
+@dataclass(frozen=True)
+class MirrorSummary:
+    """What a mirror did: records sent, records it knows of and could not send, and the last reason why."""
+
+    sent: int
+    pending: int
+    error: str | None
+
+
+class Mirror:
+    """Follows run folders in one thread; use as a context manager, or call `close`.
+
+    Args:
+        uri: The tracking store; None of its faults reaches the caller.
+        experiment: Name of the experiment.
+        timeout_s: How long one request may take.
+        max_pending: Records held in memory over all runs before the folders are left to wait.
+    """
+
+    def __init__(self, uri: str, experiment: str, *, timeout_s: float = 5, max_pending: int = 50_000) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._timeout_s = timeout_s
+        self._max_pending = max_pending
+        self._inbox: queue.SimpleQueue[RunReplay] = queue.SimpleQueue()
+        self._replays: dict[str, RunReplay] = {}
+        self._retired_sent = 0
+        self._session: Session | None = None
+        self._server_error: str | None = None
+        self._run_errors: dict[str, str] = {}
+        self._warned = False
+        self._backoff_s = 0.0
+        self._retry_at = 0.0
+        self._held_until: dict[str, float] = {}
+        self._deadline: float | None = None
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def follow(self, folder: RunFolder, *, parent_uid: str | None = None) -> None:
+        """Mirrors a run from now on; returns at once.
+
+        Args:
+            folder: The run; following it twice is following it once.
+            parent_uid: run_uid of the sweep above it, where run_meta.json does not say.
+        """
+        self._inbox.put(RunReplay(folder, parent_uid=parent_uid))
+        self._wake.set()
+
+    def close(self, timeout_s: float = 10) -> MirrorSummary:
+        """Drains what is there for at most `timeout_s` and stops; what is left waits for `tracking sync`."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + timeout_s
+            self._wake.set()
+        self._thread.join(max(self._deadline - time.monotonic(), 0))
+        replays = list(self._replays.values())
+        sent = self._retired_sent + sum(replay.sent for replay in replays)
+        error = self._server_error or next(iter(self._run_errors.values()), None)
+        if error is None and self._thread.is_alive():
+            error = f"MLflow did not take everything within {timeout_s:g} s"
+        return MirrorSummary(sent, sum(replay.pending for replay in replays), error)
+
+    def links(self) -> dict[str, Any]:
+        """Addresses to open: {"experiment": the saved view or None, "runs": {run name: address}}."""
+        session = self._session
+        if session is None:
+            return {"experiment": None, "runs": {}}
+        base = web_url(session.uri)
+        runs = {
+            replay.folder.name: run_url(base, session.experiment_id, replay.run_id)
+            for replay in list(self._replays.values())
+            if replay.run_id is not None
+        }
+        return {"experiment": view_url(base, session.experiment_id, EFFICIENCY), "runs": runs}
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(_PASS_SECONDS)
+            self._wake.clear()
+            is_last = self._deadline is not None
+            self._admit()
+            self._poll(is_last=is_last)
+            if is_last or time.monotonic() >= self._retry_at:
+                self._push()
+            if is_last:
+                return
+
+    def _admit(self) -> None:
+        while True:
+            try:
+                replay = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._replays.setdefault(replay.folder.uri, replay)
+
+    def _poll(self, *, is_last: bool) -> None:
+        """Reads the folders, unless more waits in memory than may. The last pass reads finished runs again."""
+        pending = sum(replay.pending for replay in self._replays.values())
+        for uri, replay in list(self._replays.items()):
+            if self._is_expired() or (replay.is_complete and not is_last) or (pending >= self._max_pending and not is_last):
+                continue
+            before = replay.pending
+            try:
+                replay.poll()
+            except Exception as error:  # noqa: BLE001 - a folder that cannot be read must not end the mirror
+                self._start_over(uri, error)
+            else:
+                pending += replay.pending - before
+
+    def _push(self) -> None:
+        """Sends what was read; a server in trouble ends the pass, a refused run only its own turn."""
+        for uri, replay in list(self._replays.items()):
+            if self._is_expired():
+                return
+            is_idle = replay.is_complete or time.monotonic() < self._held_until.get(uri, 0)
+            if is_idle and self._deadline is None:
+                continue
+            try:
+                replay.push(self._connect(), expired=self._is_expired)
+            except Exception as error:  # noqa: BLE001 - the boundary: nothing of MLflow's reaches training
+                if self._is_server_trouble(error):
+                    self._back_off(error)
+                    return
+                self._start_over(uri, error)
+            else:
+                self._run_errors.pop(uri, None)
+        if self._server_error is not None and self._session is not None:
+            logger.info("MLflow at %s answers again", public_uri(self._uri))
+            self._backoff_s, self._server_error = 0.0, None
+
+    def _connect(self) -> Session:
+        if self._session is None:
+            uri = absolute_uri(self._uri)
+            client = open_client(uri, timeout_s=self._timeout_s)
+            self._session = Session(client, uri, open_experiment(client, uri, self._experiment))
+        return self._session
+
+    def _is_server_trouble(self, error: Exception) -> bool:
+        if self._session is None:
+            return True
+        from mlflow.exceptions import MlflowException
+
+        return isinstance(error, MlflowException) and error.error_code not in _REFUSALS
+
+    def _start_over(self, uri: str, error: Exception) -> None:
+        """Forgets what is known of one run and reads it again from its marker, after a while."""
+        failed = self._replays[uri]
+        self._retired_sent += failed.sent
+        self._replays[uri] = RunReplay(failed.folder, parent_uid=failed.parent_uid)
+        self._held_until[uri] = time.monotonic() + _MAX_BACKOFF_SECONDS
+        self._session = None  # the experiment itself may be gone
+        self._run_errors[uri] = f"run {failed.folder.name}: {first_line(error)}"
+        self._report(self._run_errors[uri])
+
+    def _back_off(self, error: Exception) -> None:
+        hopeless = isinstance(error, ConfigError)
+        self._backoff_s = _MAX_BACKOFF_SECONDS if hopeless else min(max(1.0, 2 * self._backoff_s), _MAX_BACKOFF_SECONDS)
+        self._retry_at = time.monotonic() + self._backoff_s
+        self._server_error = first_line(error)
+        self._report(self._server_error)
+
+    def _report(self, reason: str) -> None:
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        logger.log(
+            level,
+            "MLflow at %s is behind (%s); training goes on, the numbers are in the run folders and "
+            "`crate-ray tracking sync` sends what is missing",
+            public_uri(self._uri),
+            reason,
+        )
+
+    def _is_expired(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
