@@ -17,13 +17,17 @@ AUTOENCODERS = ["crate_mae_a", "crate_mae_b_norm_pix", "vit_mae_all_tokens", "vi
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
+# The file's metadata says 1e-5, its tensors say 1e-6: with 1e-6 they are reproduced to the last bit, with 1e-5 the
+# latent is off by 0.4%. The published class takes the layer of whichever timm is installed, and timm's default changed.
+MEASURED_CONFIGURATION = {"vit_mae_all_tokens": {"block_norm_eps": 1e-6}}
+
 
 def read_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         case = json.loads(file.metadata()["case"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     keys = {k: v for k, v in case.items() if k in ModelConfig.model_fields}
-    return keys, tensors
+    return {**keys, **MEASURED_CONFIGURATION.get(name, {})}, tensors
 
 
 def published_parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,3 +98,10 @@ def test_the_classifier_gives_the_published_logits_and_gradients() -> None:
     assert relative_error(logits, tensors["logits"]) <= OUTPUT_TOLERANCE
     logits.square().mean().backward()
     check_gradients(model, "crate_classifier", tensors)
+
+
+def test_the_all_token_vit_case_was_made_with_another_epsilon_than_its_metadata_says() -> None:
+    keys, tensors = read_case("vit_mae_all_tokens")
+    model = create_model(ModelConfig.parse({**keys, "block_norm_eps": 1e-5}))
+    load_weights(model, published_parameters(tensors))
+    assert relative_error(model(tensors["images"], tensors["noise"]).latent, tensors["latent"]) > 1e-3

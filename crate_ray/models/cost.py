@@ -1,0 +1,144 @@
+"""What a model costs, in closed form: parameters and floating point operations. Plain arithmetic, no torch.
+
+In: a ModelConfig. Out: integers. A multiply-add is two operations; norms, softmax, activations and biases are not counted, as
+torch.utils.flop_counter does, which the tests compare with. Two conventions stand side by side: the algebra
+this project executes (two products in ISTA, prediction on hidden tokens) and the published one (three, all tokens).
+
+With d width, N tokens of a sequence, class token included:
+  CRATE layer        3 d^2 + 5 d parameters;  encoder 8 N d^2 + 4 N^2 d, published 10 N d^2; decoder 6 N d^2 + 4 N^2 d
+  transformer layer  12 d^2 + 13 d, without the bias on Q, K, V 12 d^2 + 10 d;  24 N d^2 + 4 N^2 d
+A CRATE layer of one head has no output projection: d^2 + d parameters and 2 N d^2 operations less.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crate_ray.config import ModelConfig
+
+BACKWARD_FACTOR = 3
+"""Forward and backward together, in forwards: a backward costs two."""
+
+STATE_BYTES_PER_PARAMETER = 16
+"""float32 weight, gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters of one model."""
+
+    paper: int
+    """As papers print it: the published class, with frozen position tables and, for `encoder_tokens` all, its unused
+    `decoder_embed`."""
+    total: int
+    """This project's model with its position tables: what a weights file holds."""
+    trainable: int
+    """What an optimizer updates."""
+    encoder: int
+    """Trainable backbone: patch embedding, class token, encoder layers, final norm, learned positions."""
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts a configuration's parameters."""
+    d, e, patch_values = config.width, config.decoder_width, 3 * config.patch_size**2
+    positions = 1 + config.num_patches
+    encoder = (patch_values * d + d) + d + config.encoder_depth * _encoder_layer_parameters(config) + 2 * d
+    if config.num_classes is not None:
+        encoder += 2 * patch_values + 2 * d + positions * d
+        total = encoder + d * config.num_classes + config.num_classes
+        return ParameterCount(paper=total, total=total, trainable=total, encoder=encoder)
+    decoder_embed = d * e + e
+    decoder = e + config.decoder_depth * _decoder_layer_parameters(config) + 2 * e + (e * patch_values + patch_values)
+    tables = positions * d + positions * e
+    if config.encoder_tokens == "all":
+        trainable = encoder + decoder
+        return ParameterCount(trainable + decoder_embed + tables, trainable + positions * d, trainable, encoder)
+    trainable = encoder + decoder_embed + decoder
+    return ParameterCount(trainable + tables, trainable + tables, trainable, encoder)
+
+
+def forward_flops(
+    config: ModelConfig, *, ista_products: Literal[2, 3] = 2, predicted: Literal["masked", "all"] = "masked"
+) -> int:
+    """Operations of one image's forward pass in pretraining, masking included (or of a classifier's).
+
+    Args:
+        config: The model.
+        ista_products: Matrix products of an ISTA step: 2 as executed here, 3 as published.
+        predicted: Tokens through the prediction head: the hidden ones (`losses`), or all with the class token (`forward`
+            and the published code).
+    """
+    n, kept, patch_values = config.num_patches, config.num_kept, 3 * config.patch_size**2
+    embedding = 2 * n * patch_values * config.width
+    if config.num_classes is not None:
+        return embedding + _encoder_flops(config, 1 + n, ista_products) + 2 * config.width * config.num_classes
+    visible = config.encoder_tokens == "visible"
+    encoder = _encoder_flops(config, 1 + (kept if visible else n), ista_products)
+    decoder_embed = 2 * (1 + kept) * config.width * config.decoder_width if visible else 0
+    decoder = config.decoder_depth * _decoder_layer_flops(config, 1 + n)
+    head = 2 * (n - kept if predicted == "masked" else 1 + n) * config.decoder_width * patch_values
+    return embedding + encoder + decoder_embed + decoder + head
+
+
+def published_forward_flops(config: ModelConfig) -> int:
+    """The same pass as the published code executes it: three products in ISTA, every token predicted."""
+    return forward_flops(config, ista_products=3, predicted="all")
+
+
+def encode_flops(config: ModelConfig) -> int:
+    """Operations of `encode` on one whole image: what using the features costs."""
+    embedding = 2 * config.num_patches * 3 * config.patch_size**2 * config.width
+    return embedding + _encoder_flops(config, 1 + config.num_patches, 2)
+
+
+def training_flops_per_image(config: ModelConfig) -> int:
+    """Forward and backward of one image in training: three times the executed forward pass."""
+    return BACKWARD_FACTOR * forward_flops(config)
+
+
+def training_state_bytes(config: ModelConfig) -> int:
+    """Bytes of weights, gradients and optimizer moments in float32, without activations."""
+    return STATE_BYTES_PER_PARAMETER * count_parameters(config).trainable
+
+
+def _encoder_layer_parameters(config: ModelConfig) -> int:
+    if config.family == "vit":
+        return _transformer_layer_parameters(config.width, qkv_bias=config.qkv_bias)
+    return _crate_layer_parameters(config.width, config.num_heads) + (2 if config.ista_learnable == "layer" else 0)
+
+
+def _decoder_layer_parameters(config: ModelConfig) -> int:
+    if config.family == "vit":
+        return _transformer_layer_parameters(config.decoder_width, qkv_bias=config.qkv_bias)
+    return _crate_layer_parameters(config.decoder_width, config.decoder_num_heads)
+
+
+def _crate_layer_parameters(d: int, num_heads: int) -> int:
+    projection = d * d + d if num_heads > 1 else 0
+    return 2 * d * d + 4 * d + projection
+
+
+def _transformer_layer_parameters(d: int, *, qkv_bias: bool) -> int:
+    return 12 * d * d + 10 * d + (3 * d if qkv_bias else 0)
+
+
+def _encoder_flops(config: ModelConfig, n: int, ista_products: int) -> int:
+    if config.family == "vit":
+        return config.encoder_depth * _transformer_layer_flops(config.width, n)
+    ista = 2 * ista_products * n * config.width**2
+    return config.encoder_depth * (_subspace_attention_flops(config.width, config.num_heads, n) + ista)
+
+
+def _decoder_layer_flops(config: ModelConfig, n: int) -> int:
+    d = config.decoder_width
+    if config.family == "vit":
+        return _transformer_layer_flops(d, n)
+    return 2 * n * d * d + _subspace_attention_flops(d, config.decoder_num_heads, n)
+
+
+def _subspace_attention_flops(d: int, num_heads: int, n: int) -> int:
+    products = 2 if num_heads > 1 else 1
+    return 2 * products * n * d * d + 4 * n * n * d
+
+
+def _transformer_layer_flops(d: int, n: int) -> int:
+    return 24 * n * d * d + 4 * n * n * d
