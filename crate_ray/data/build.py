@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -100,7 +101,7 @@ def _tasks(source: Source, out: str) -> list[_ShardTask]:
     for split, items in source.splits.items():
         num_shards = max(min(2, len(items)), -(-len(items) // source.shard_samples))
         bounds = [i * len(items) // num_shards for i in range(num_shards + 1)]
-        for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for number, (start, stop) in enumerate(pairwise(bounds)):
             uri = storage.join(out, split, f"{split}-{number:06d}.tar")
             tasks.append(_ShardTask(uri, split, start, items[start:stop], source.render))
     return tasks
@@ -153,7 +154,10 @@ def _claim(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         note: dict[str, Any] = json.loads(storage.read_text(uri))
         for key, value in identity.items():
             if note.get(key) != value:
-                raise ConfigError(f"{out} holds another data set: its {key} is {note.get(key)!r}, asked for is {value!r}; choose another folder or delete it")
+                raise ConfigError(
+                    f"{out} holds another data set: its {key} is {note.get(key)!r}, asked for is {value!r}; "
+                    "choose another folder or delete it"
+                )
         return note if note["complete"] else None
     if any(storage.list_dir(storage.join(out, split)) for split in SPLITS):
         raise ConfigError(f"{out} holds files that no build of crate-ray wrote; choose an empty folder")
@@ -188,7 +192,15 @@ def build_source(
     planned = make_source(source, seed=seed, image_size=image_size, num_classes=num_classes)
     # Through JSON, so that it compares equal to what a note says.
     identity = json.loads(
-        json.dumps({"schema_version": SCHEMA_VERSION, "source": source, "seed": seed, "options": planned.options, "classes": planned.classes})
+        json.dumps(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "source": source,
+                "seed": seed,
+                "options": planned.options,
+                "classes": planned.classes,
+            }
+        )
     )
     if (note := _claim(out, identity)) is not None:
         return BuildSummary(out, source, note["classes"], note["counts"], note["digests"], reused=True)
@@ -198,7 +210,9 @@ def build_source(
     for split, items in planned.splits.items():
         index = build_index(storage.join(out, split), num_classes=len(planned.classes))
         if index.num_samples != len(items):
-            raise ConfigError(f"{index.url} holds {index.num_samples} samples instead of {len(items)}; delete it and build again")
+            raise ConfigError(
+                f"{index.url} holds {index.num_samples} samples instead of {len(items)}; delete it and build again"
+            )
         counts[split], digests[split] = index.num_samples, index.digest
     note = {**identity, "counts": counts, "digests": digests, "complete": True}
     storage.write_atomic(storage.join(out, DATASET_FILE), json.dumps(note, indent=2))

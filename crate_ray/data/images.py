@@ -100,11 +100,13 @@ def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tenso
 
     _, width, height = read_header(data)
     if width * height > max_pixels or width * height == 0:
-        raise ImageError(f"its header declares {width} x {height} pixels; between 1 and data.max_pixels={max_pixels} are decoded")
+        raise ImageError(
+            f"its header declares {width} x {height} pixels; between 1 and data.max_pixels={max_pixels} are decoded"
+        )
     # A bytearray, because torch warns of tensors over memory that it may not write.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        image = decode_image(encoded, mode=ImageReadMode.RGB)
+        image: torch.Tensor = decode_image(encoded, mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ImageError(f"it cannot be decoded: {str(error).splitlines()[0]}") from None
     return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
@@ -114,7 +116,10 @@ def resize(image_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resize a uint8 image, bicubic with antialiasing; the image itself when it has that size."""
     if image_CHW.shape[-2:] == (height, width):
         return image_CHW
-    return torch.nn.functional.interpolate(image_CHW[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    resized: torch.Tensor = torch.nn.functional.interpolate(
+        image_CHW[None], size=(height, width), mode="bicubic", antialias=True
+    )
+    return resized[0]
 
 
 def center_crop(image_CHW: torch.Tensor, image_size: int) -> torch.Tensor:
@@ -128,9 +133,7 @@ def center_crop(image_CHW: torch.Tensor, image_size: int) -> torch.Tensor:
     return resized[:, top : top + image_size, left : left + image_size]
 
 
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, scale: tuple[float, float], generator: np.random.Generator) -> tuple[int, int, int, int]:
     """Draw the box (top, left, height, width) of a random resized crop (Szegedy et al. 2015, as in torchvision).
 
     The area is uniform in `scale` times the image's, the logarithm of the aspect ratio uniform between 3/4 and 4/3. After ten

@@ -122,17 +122,19 @@ def read_shard(uri: str) -> Buffer:
 def _metadata(sample: Sample, data: Buffer, shard: str) -> tuple[int, str]:
     """Label and source of a sample: from `cls`, else from the fields `label` or `cls` of `json`, else none."""
     label, source = NO_LABEL, sample.key
-    try:
-        if member := sample.members.get("json"):
-            fields = json.loads(bytes(data[member.offset : member.offset + member.size]))
-            if isinstance(fields, dict):
+    for extension in ("json", "cls"):
+        if (member := sample.members.get(extension)) is None:
+            continue
+        content = bytes(data[member.offset : member.offset + member.size])
+        try:
+            if extension == "cls":
+                label = int(content)
+            elif isinstance(fields := json.loads(content), dict):
                 found = fields.get("label", fields.get("cls"))
                 label = found if isinstance(found, int) and found >= 0 else NO_LABEL
                 source = str(fields.get("source", source))
-        if member := sample.members.get("cls"):
-            label = int(bytes(data[member.offset : member.offset + member.size]))
-    except ValueError as error:
-        raise ConfigError(f"shard {shard}: the label of sample {sample.key!r} at byte {member.offset} cannot be read: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"shard {shard}: {member.name!r} at byte {member.offset} is no label: {error}") from None
     return label, source
 
 
@@ -198,7 +200,9 @@ def build_index(url: str, *, num_classes: int | None = None) -> ShardIndex:
     shards = pa.Table.from_pylist([shard for shard, _ in scans], schema=_SHARDS_SCHEMA)
     largest = int(samples["label"].to_numpy().max())
     if num_classes is not None and largest >= num_classes:
-        raise ConfigError(f"{url} has the label {largest}, but only {num_classes} classes; labels run from 0 to {num_classes - 1}")
+        raise ConfigError(
+            f"{url} has the label {largest}, but only {num_classes} classes; labels run from 0 to {num_classes - 1}"
+        )
     metadata = {"schema_version": str(SCHEMA_VERSION), "num_classes": str(largest + 1 if num_classes is None else num_classes)}
     for file_name, table in ((SAMPLES_FILE, samples), (SHARDS_FILE, shards)):
         storage.write_atomic(storage.join(url, file_name), _parquet_bytes(table.replace_schema_metadata(metadata)))
@@ -219,7 +223,9 @@ def _read_table(url: str, file_name: str, schema: pa.Schema) -> tuple[pa.Table, 
             return table.select(schema.names).cast(schema), num_classes
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise ConfigError(f"{uri} is not an index of crate-ray ({error}); run `crate-ray data index {url}`") from None
-    raise ConfigError(f"{uri} has schema_version {version}, this release reads {SCHEMA_VERSION}; run `crate-ray data index {url}`")
+    raise ConfigError(
+        f"{uri} has schema_version {version}, this release reads {SCHEMA_VERSION}; run `crate-ray data index {url}`"
+    )
 
 
 def load_index(url: str) -> ShardIndex:
@@ -238,22 +244,27 @@ def load_index(url: str) -> ShardIndex:
     return index
 
 
+def _verify_shard(url: str, indexed: dict[str, Any]) -> str | None:
+    """What is wrong with one shard of the index, if anything."""
+    uri = storage.join(url, indexed["name"])
+    if not storage.exists(uri):
+        return f"shard {uri} is missing"
+    try:
+        found, _ = scan_shard(uri, indexed["name"])
+    except ConfigError as error:
+        return str(error)
+    changed = [f"{key} {found[key]} (indexed {value})" for key, value in indexed.items() if found[key] != value]
+    return f"shard {uri} has changed: {', '.join(changed)}" if changed else None
+
+
 def verify_index(url: str) -> list[str]:
-    """Compare shards with their index and return what does not agree, one sentence a shard; empty when all is well."""
+    """Compare shards with their index and return what does not agree, one sentence a shard; empty when all is well.
+
+    Raises:
+        ConfigError: When there is no index to compare with.
+    """
     index = load_index(url)
-    problems = []
-    for name, size, count, checksum in zip(*index.shards.to_pydict().values(), strict=True):
-        uri = storage.join(url, name)
-        if not storage.exists(uri):
-            problems.append(f"shard {uri} is missing")
-            continue
-        try:
-            found, _ = scan_shard(uri, name)
-        except ConfigError as error:
-            problems.append(str(error))
-            continue
-        if found != {"name": name, "bytes": size, "count": count, "checksum": checksum}:
-            problems.append(f"shard {uri} holds {found['count']} samples, {found['bytes']} bytes, hash {found['checksum']}; indexed {count}, {size}, {checksum}")
-    extra = {name for name in storage.list_dir(url) if name.endswith(".tar")} - set(index.shard_names)
-    problems += [f"shard {storage.join(url, name)} is not in the index; run `crate-ray data index {url}`" for name in sorted(extra)]
+    problems = [problem for row in index.shards.to_pylist() if (problem := _verify_shard(url, row))]
+    unknown = {name for name in storage.list_dir(url) if name.endswith(".tar")} - set(index.shard_names)
+    problems += [f"shard {storage.join(url, name)} is not in the index; index the folder again" for name in sorted(unknown)]
     return problems

@@ -56,7 +56,8 @@ def _concatenated_ids(shard_sizes: Int64Array, shard_order: Int64Array) -> Int64
     first_id = np.cumsum(shard_sizes) - shard_sizes
     sizes = shard_sizes[shard_order]
     shift = first_id[shard_order] - (np.cumsum(sizes) - sizes)
-    return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(shift, sizes)
+    ids: Int64Array = np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(shift, sizes)
+    return ids
 
 
 def _lane_starts(num_samples: int, lanes: int) -> Int64Array:

@@ -7,22 +7,26 @@ microseconds of Python a sample are serial, which bounds one reader at some ten 
 A sample that cannot be read is replaced by its neighbour at the same position, counted, and bounded.
 """
 
+# ruff: noqa: N815 - names end in their shape: B rows, C channels, H height, W width, N patches
+
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from crate_ray.config import ConfigError
+from crate_ray.data import order as orders
 from crate_ray.data.images import DEFAULT_MAX_PIXELS, Augmentation
 from crate_ray.data.index import load_index
-from crate_ray.data.order import SampleOrder, global_batch, rank_slice
-from crate_ray.data.samples import SampleLoader, Transform
+from crate_ray.data.samples import Ids, SampleLoader, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +70,12 @@ class _PendingBatch:
     """A batch that threads are filling, each its own rows."""
 
     def __init__(
-        self, loader: SampleLoader, pool: ThreadPoolExecutor | None, ids_B: np.ndarray, epochs_B: np.ndarray, *, num_tasks: int
+        self, loader: SampleLoader, pool: ThreadPoolExecutor | None, ids_B: Ids, epochs_B: Ids, *, num_tasks: int
     ) -> None:
         self._buffers = loader.allocate(len(ids_B))
         self._ids_B, self._epochs_B = ids_B, epochs_B
         bounds = [i * len(ids_B) // num_tasks for i in range(num_tasks + 1)]
-        slices = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+        slices = [slice(a, b) for a, b in pairwise(bounds) if a < b]
         self._tasks: list[Future[int]] = []
         self._inline = 0
         for rows in slices:
@@ -92,7 +96,7 @@ class _PendingBatch:
         weights_B = (rows < num_rows).float()
         rows = torch.where(rows < num_rows, rows, 0)
 
-        def pad(values: np.ndarray) -> torch.Tensor:
+        def pad(values: NDArray[Any]) -> torch.Tensor:
             tensor = torch.from_numpy(values)
             return tensor if padded == num_rows else tensor[rows]
 
@@ -119,7 +123,7 @@ class Reader:
     def __init__(
         self,
         loader: SampleLoader,
-        order: SampleOrder,
+        order: orders.SampleOrder,
         *,
         batch_size: int,
         rank: int,
@@ -130,7 +134,7 @@ class Reader:
         max_replaced_fraction: float,
     ) -> None:
         self._loader, self._order, self._batch_size = loader, order, batch_size
-        self._slice = rank_slice(rank, world_size, batch_size)
+        self._slice = orders.rank_slice(rank, world_size, batch_size)
         self._cursor = self._next_cursor = cursor
         self._depth = prefetch if num_loaders else 1
         self._num_tasks = max(1, num_loaders)
@@ -145,7 +149,7 @@ class Reader:
         return self
 
     def _submit(self) -> None:
-        rows = global_batch(self._order, cursor=self._next_cursor, size=self._batch_size)
+        rows = orders.global_batch(self._order, cursor=self._next_cursor, size=self._batch_size)
         self._next_cursor += self._batch_size
         mine = slice(self._slice.start, self._slice.stop)
         ids_B, epochs_B = np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
@@ -174,7 +178,8 @@ class Reader:
         if self.replaced_samples > allowed:
             raise ConfigError(
                 f"{self.replaced_samples} of {self._delivered} samples could not be read and were replaced, more than "
-                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; run `crate-ray data verify {self._loader.index.url}`"
+                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; see "
+                f"`crate-ray data verify {self._loader.index.url}`"
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -252,14 +257,19 @@ def open_reader(
     Raises:
         ConfigError: For a missing index, more ranks than samples in a batch, or a value out of range.
     """
-    for name, value, least in (("global_batch", global_batch, 1), ("image_size", image_size, 1), ("cursor", cursor, 0), ("prefetch", prefetch, 1)):
+    for name, value, least in (
+        ("global_batch", global_batch, 1),
+        ("image_size", image_size, 1),
+        ("cursor", cursor, 0),
+        ("prefetch", prefetch, 1),
+    ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small; it is at least {least}")
     index = load_index(url)
     transform = Transform(image_size, augment, crop_scale, flip, noise_size, seed, max_pixels)
     return Reader(
         SampleLoader(index, transform, replace=on_error == "replace"),
-        SampleOrder(index.shard_sizes, seed=seed, lanes=lanes, window=window),
+        orders.SampleOrder(index.shard_sizes, seed=seed, lanes=lanes, window=window),
         batch_size=global_batch,
         rank=rank,
         world_size=world_size,
@@ -276,7 +286,7 @@ def read_all(
     batch_size: int,
     image_size: int,
     num_loaders: int = 2,
-    sample_ids: Sequence[int] | np.ndarray | None = None,
+    sample_ids: Sequence[int] | Ids | None = None,
     noise_size: int = 0,
     seed: int = 0,
     max_pixels: int = DEFAULT_MAX_PIXELS,

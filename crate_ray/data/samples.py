@@ -5,20 +5,28 @@ kept; remote ones are read by range, one request an image. Every read is compare
 microseconds and finds the flipped bits that image decoders let pass. Crop, flip and noise depend on (seed, epoch, sample).
 """
 
+# ruff: noqa: N815 - names end in their shape: B rows, C channels, H height, W width, N patches
+
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from crate_ray import storage
+from crate_ray.config import ConfigError
 from crate_ray.data.images import (
     DEFAULT_MAX_PIXELS,
     Augmentation,
+    ImageError,
     center_crop,
+    decode,
+    mask_noise,
     random_resized_crop,
 )
 from crate_ray.data.index import ShardIndex, read_shard
@@ -51,23 +59,20 @@ class Transform:
         return random_resized_crop(image_CHW, self.image_size, scale=self.crop_scale, flip=self.flip, generator=generator)
 
 
+Ids = NDArray[np.int64]
+
+
 class Buffers(NamedTuple):
     """Rows of a batch that threads fill."""
 
-    images_BCHW: np.ndarray
-    labels_B: np.ndarray
-    noise_BN: np.ndarray | None
-    sample_ids_B: np.ndarray
-
-
-class _OpenShard(Protocol):
-    def read(self, offset: int, size: int) -> Buffer: ...
-
-    def close(self) -> None: ...
+    images_BCHW: NDArray[np.uint8]
+    labels_B: Ids
+    noise_BN: NDArray[np.float32] | None
+    sample_ids_B: Ids
 
 
 class _LocalShard:
-    """A shard on local disk, mapped into memory."""
+    """A shard on local disk, mapped into memory; the map lives until the last slice of it is gone."""
 
     def __init__(self, uri: str) -> None:
         self._data = read_shard(uri)
@@ -76,12 +81,9 @@ class _LocalShard:
     def read(self, offset: int, size: int) -> Buffer:
         return self._data[offset : offset + size]
 
-    def close(self) -> None:
-        """Nothing: the map lives until the last slice of it is gone."""
-
 
 class _RemoteShard:
-    """A shard in an object store, read by range."""
+    """A shard in an object store, read by range; closed when the last reference is gone."""
 
     def __init__(self, uri: str) -> None:
         self._file = storage.open_input(uri)
@@ -90,8 +92,15 @@ class _RemoteShard:
     def read(self, offset: int, size: int) -> Buffer:
         return bytes(self._file.read_at(size, offset))
 
-    def close(self) -> None:
-        self._file.close()
+
+def _find_hash() -> Callable[[Buffer], int] | None:
+    """The hash of the index; without its package images are read unchecked, with a warning."""
+    try:
+        from xxhash import xxh3_64_intdigest
+    except ImportError:
+        logger.warning("xxhash is not installed: images are read without comparing them with the index")
+        return None
+    return xxh3_64_intdigest
 
 
 class SampleLoader:
@@ -110,13 +119,7 @@ class SampleLoader:
         self._shard_bytes = index.shards["bytes"].to_numpy()
         self._open: OrderedDict[int, _LocalShard | _RemoteShard] = OrderedDict()
         self._lock = Lock()
-        try:
-            from xxhash import xxh3_64_intdigest
-
-            self._hash = xxh3_64_intdigest
-        except ImportError:
-            self._hash = None
-            logger.warning("xxhash is not installed: images are read without comparing them with the index")
+        self._hash = _find_hash()
 
     def allocate(self, num_rows: int) -> Buffers:
         """Empty rows."""
@@ -127,3 +130,76 @@ class SampleLoader:
             np.empty((num_rows, noise_size), dtype=np.float32) if noise_size else None,
             np.empty(num_rows, dtype=np.int64),
         )
+
+    def close(self) -> None:
+        """Let go of the open shards."""
+        with self._lock:
+            self._open.clear()
+
+    def _shard(self, number: int) -> _LocalShard | _RemoteShard:
+        """An open shard, of the size that the index states."""
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        uri = storage.join(self.index.url, self.index.shard_names[number])
+        try:
+            shard = _LocalShard(uri) if storage.is_local(uri) else _RemoteShard(uri)
+        except FileNotFoundError:
+            raise ConfigError(f"shard {uri} is in the index but not there; copy it back or index the folder again") from None
+        expected = int(self._shard_bytes[number])
+        if shard.size != expected:
+            raise ConfigError(
+                f"shard {uri} has {shard.size} bytes, its index says {expected}; copy it or index the folder again"
+            )
+        with self._lock:
+            shard = self._open.setdefault(number, shard)
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def read(self, sample_id: int) -> Buffer:
+        """The encoded image of a sample.
+
+        Raises:
+            ImageError: When its bytes are not those that were indexed.
+            ConfigError: When its shard is missing or of another size.
+        """
+        shard = self._shard(int(self._shard_of[sample_id]))
+        data = shard.read(int(self._offsets[sample_id]), int(self._sizes[sample_id]))
+        if self._hash is not None and self._hash(data) != int(self._hashes[sample_id]):
+            raise ImageError("its bytes do not have the hash in the index (damaged since it was indexed)")
+        return data
+
+    def image(self, sample_id: int, *, epoch: int, drawn_as: int) -> torch.Tensor:
+        """The transformed image of a sample, (3, S, S) uint8, with the random numbers of the sample `drawn_as`."""
+        decoded = decode(self.read(sample_id), max_pixels=self.transform.max_pixels)
+        return self.transform.apply(decoded, epoch=epoch, sample_id=drawn_as)
+
+    def _image_or_neighbour(self, sample_id: int, *, epoch: int) -> tuple[torch.Tensor, int]:
+        """An image and the id of the sample it is: the one asked for, or the next in the index that can be read."""
+        num_samples = self.index.num_samples
+        for step in range(min(_MAX_NEIGHBOURS, num_samples) if self.replace else 1):
+            candidate = (sample_id + step) % num_samples
+            try:
+                return self.image(candidate, epoch=epoch, drawn_as=sample_id), candidate
+            except ImageError as error:
+                message = f"{self.index.locate(candidate)}: {error}"
+                if not self.replace:
+                    raise ConfigError(f"{message}; repair the data or set data.on_error=replace") from error
+                logger.warning("%s; replaced by its neighbour", message)
+        raise ConfigError(f"{self.index.locate(sample_id)} and the {_MAX_NEIGHBOURS - 1} samples after it cannot be read")
+
+    def fill(self, buffers: Buffers, rows: slice, ids_B: Ids, epochs_B: Ids) -> int:
+        """Fill some rows of a batch with the samples planned for them; return how many are neighbours instead."""
+        replaced, seed = 0, self.transform.seed
+        for row in range(rows.start, rows.stop):
+            sample_id, epoch = int(ids_B[row]), int(epochs_B[row])
+            image, found = self._image_or_neighbour(sample_id, epoch=epoch)
+            buffers.images_BCHW[row] = image.numpy()
+            buffers.labels_B[row], buffers.sample_ids_B[row] = self._labels[found], found
+            if buffers.noise_BN is not None:
+                noise_size = self.transform.noise_size
+                buffers.noise_BN[row] = mask_noise(noise_size, seed=seed, epoch=epoch, sample_id=sample_id)
+            replaced += found != sample_id
+        return replaced

@@ -123,7 +123,9 @@ def walk_tar(data: Buffer, shard: str) -> Iterator[Member]:
         elif kind == b"L":
             here["path"] = _text(bytes(data[content : content + size]))
         elif kind == b"S" or any(key.startswith("GNU.sparse") for key in here):
-            raise ConfigError(f"shard {shard}: the member at byte {offset} is sparse, which shards do not use; repack with plain tar")
+            raise ConfigError(
+                f"shard {shard}: the member at byte {offset} is sparse, which shards do not use; repack with plain tar"
+            )
         elif kind != b"K":
             if kind in (b"0", b"\0", b"7"):
                 yield Member((everywhere | here).get("path") or _header_name(header), content, size)

@@ -43,7 +43,9 @@ def _stratified(labels: NDArray[np.int64], generator: np.random.Generator) -> di
     return {split: ordered[bounds[i] : bounds[i + 1]] for i, split in enumerate(_SPLIT_SIZES)}
 
 
-def _placements(pictures: NDArray[np.int64], labels: NDArray[np.int64], count: int, rng: np.random.Generator) -> list[Placement]:
+def _placements(
+    pictures: NDArray[np.int64], labels: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> list[Placement]:
     """`count` different uniform offsets for every picture, all in shuffled order."""
     positions = CANVAS - _DRAWN + 1
     placed = [

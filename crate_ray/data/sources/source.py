@@ -4,7 +4,7 @@ An item is small and picklable (a file name, an index, a placement); `render` tu
 Rendering one item never depends on another, so shards can be written by any number of processes and in any order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class Source:
 
     name: str
     classes: list[str]
-    splits: dict[str, Sequence[Any]]
+    splits: Mapping[str, Sequence[Any]]
     render: Callable[[Any], dict[str, bytes]]
     shard_samples: int
     options: dict[str, Any] = field(default_factory=dict)
