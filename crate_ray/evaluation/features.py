@@ -28,17 +28,17 @@ LabelArray = NDArray[np.int64]
 class ImageBatch(Protocol):
     """The part of a batch that features need.
 
-    `images` (B, 3, H, W) uint8, `labels` (B,) int64, `weights` (B,) float32: 0 on rows that only pad.
+    `images_BCHW` (B, 3, H, W) uint8, `labels_B` (B,) int64, `weights_B` (B,) float32: 0 on rows that only pad.
     """
 
     @property
-    def images(self) -> Tensor: ...  # noqa: D102
+    def images_BCHW(self) -> Tensor: ...  # noqa: D102
 
     @property
-    def labels(self) -> Tensor: ...  # noqa: D102
+    def labels_B(self) -> Tensor: ...  # noqa: D102
 
     @property
-    def weights(self) -> Tensor: ...  # noqa: D102
+    def weights_B(self) -> Tensor: ...  # noqa: D102
 
 
 class Encoder(Protocol):
@@ -94,12 +94,12 @@ def extract_features(
     model.train(False)
     try:
         for batch in batches:
-            kept_B = batch.weights > 0
-            images_BCHW = (batch.images.to(device).float() - shift) / scale
+            kept_B = batch.weights_B > 0
+            images_BCHW = (batch.images_BCHW.to(device).float() - shift) / scale
             latent_BTD = model.encode(images_BCHW)[kept_B.to(device)].float()
             means.append(latent_BTD[:, 1:].mean(dim=1).cpu())
             tokens.append(latent_BTD[:, 0].cpu())
-            labels.append(batch.labels[kept_B].cpu())
+            labels.append(batch.labels_B[kept_B].cpu())
     finally:
         model.train(was_training)
     _require_images(sum(len(part) for part in labels))
@@ -117,9 +117,9 @@ def raw_pixels(batches: Iterable[ImageBatch]) -> tuple[FloatArray, LabelArray]:
     """
     pixels, labels = [], []
     for batch in batches:
-        kept_B = batch.weights > 0
-        pixels.append(batch.images[kept_B].flatten(1).float().div(255).cpu())
-        labels.append(batch.labels[kept_B].cpu())
+        kept_B = batch.weights_B > 0
+        pixels.append(batch.images_BCHW[kept_B].flatten(1).float().div(255).cpu())
+        labels.append(batch.labels_B[kept_B].cpu())
     _require_images(sum(len(part) for part in labels))
     return torch.cat(pixels).numpy(), torch.cat(labels).numpy()
 
