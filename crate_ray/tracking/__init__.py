@@ -1,7 +1,9 @@
 """MLflow, a mirror of the run folders. The only room that imports mlflow, and only inside functions."""
 
-from crate_ray.tracking.client import default_uri, initialise, web_url
+from crate_ray.tracking.client import default_uri, web_url
+from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.mirror import Mirror, MirrorSummary
+from crate_ray.tracking.server import Server, serve
 from crate_ray.tracking.sync import SyncResult, log_comparison, sync
 from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
 
@@ -10,10 +12,12 @@ __all__ = [
     "EFFICIENCY",
     "Mirror",
     "MirrorSummary",
+    "Server",
     "SyncResult",
     "default_uri",
     "initialise",
     "log_comparison",
+    "serve",
     "sync",
     "view_url",
     "web_url",

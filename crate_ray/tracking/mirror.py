@@ -17,7 +17,8 @@ from typing import Any, Self
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
-from crate_ray.tracking.client import absolute_uri, first_line, open_client, open_experiment, public_uri, web_url
+from crate_ray.tracking.client import absolute_uri, first_line, open_client, public_uri, web_url
+from crate_ray.tracking.experiment import prepare
 from crate_ray.tracking.replay import RunReplay, Session
 from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
 
@@ -169,7 +170,7 @@ class Mirror:
         if self._session is None:
             uri = absolute_uri(self._uri)
             client = open_client(uri, timeout_s=self._timeout_s)
-            self._session = Session(client, uri, open_experiment(client, uri, self._experiment))
+            self._session = Session(client, uri, prepare(client, uri, self._experiment))
         return self._session
 
     def _is_server_trouble(self, error: Exception) -> bool:

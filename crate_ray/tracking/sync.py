@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from crate_ray.runs import RunFolder
-from crate_ray.tracking.client import first_line, initialise, open_client, public_uri
+from crate_ray.tracking.client import absolute_uri, first_line, open_client, public_uri
 from crate_ray.tracking.describe import MAX_NAME, MAX_TAG
+from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.replay import RunReplay, Session
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def sync(folders: Iterable[RunFolder], uri: str, experiment: str, *, timeout_s: 
     if experiment_id is None:
         reason = f"MLflow at {public_uri(uri)} does not answer"
         return [SyncResult(folder.name, None, 0, reason) for folder in ordered]
-    session = Session(open_client(uri, timeout_s=timeout_s), uri, experiment_id)
+    session = Session(open_client(uri, timeout_s=timeout_s), absolute_uri(uri), experiment_id)
     return [_replay(folder, session) for folder in ordered]
 
 
@@ -79,12 +80,12 @@ def log_comparison(
     Raises:
         ConfigError: The store or the experiment cannot be used at all.
     """
-    from mlflow.exceptions import MlflowException
-
     experiment_id = initialise(uri, experiment)
     if experiment_id is None:
         return None
     client = open_client(uri)
+    from mlflow.exceptions import MlflowException  # after open_client: its settings count at import
+
     described = {key: str(value)[:MAX_TAG] for key, value in (tags or {}).items()}
     described |= {"kind": "compare", "comparison": name[:MAX_TAG]}
     try:

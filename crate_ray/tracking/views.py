@@ -14,7 +14,7 @@ import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from crate_ray.tracking.client import first_line, open_client
+from crate_ray.tracking.client import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +32,7 @@ _RUNS_OF_MODELS = "tags.kind LIKE 'tr%'"
 State = dict[str, Any]
 
 
-def write_views(uri: str, experiment_id: str, *, client: "MlflowClient | None" = None) -> list[str]:
+def write_views(client: "MlflowClient", experiment_id: str) -> list[str]:
     """Writes both views into the experiment; unchanged ones are left alone.
 
     Returns:
@@ -50,7 +50,6 @@ def write_views(uri: str, experiment_id: str, *, client: "MlflowClient | None" =
             ", ".join(version + "x" for version in TESTED_VERSIONS),
         )
         return []
-    client = client or open_client(uri)
     present = client.get_experiment(experiment_id).tags
     views = {EFFICIENCY: ("Parameter efficiency", efficiency_state()), CURVES: ("Training curves", curves_state())}
     for view_id, (name, state) in views.items():
