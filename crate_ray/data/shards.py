@@ -122,7 +122,7 @@ def walk_tar(data: Buffer, shard: str) -> Iterator[Member]:
                 raise _damaged(shard, offset, f"its PAX header cannot be read ({error})") from None
         elif kind == b"L":
             here["path"] = _text(bytes(data[content : content + size]))
-        elif kind == b"S" or any(key.startswith("GNU.sparse") for key in here):
+        elif kind == b"S" or (here and any(key.startswith("GNU.sparse") for key in here)):
             raise ConfigError(
                 f"shard {shard}: the member at byte {offset} is sparse, which shards do not use; repack with plain tar"
             )
@@ -175,7 +175,8 @@ def pack_shard(samples: Iterable[Mapping[str, bytes | str]]) -> bytes:
     from webdataset.writer import TarWriter
 
     stream = io.BytesIO()
-    with TarWriter(stream, user="crate-ray", group="crate-ray", mtime=0.0, encoder=False) as writer:
+    # An integer time: for a float, tarfile writes an extended header of two more blocks before every member.
+    with TarWriter(stream, user="crate-ray", group="crate-ray", mtime=0, encoder=False) as writer:
         for sample in samples:
             writer.write(dict(sample))
     return stream.getvalue()
