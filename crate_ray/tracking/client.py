@@ -73,16 +73,13 @@ def web_url(uri: str) -> str:
 def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
     """A client whose every request is tried once and ends within `timeout_s`.
 
-    Settings that the user made in the environment stand. The import takes seconds and is done here.
+    MLflow reads its settings from the environment, so that they hold for the whole process: the last
+    `timeout_s` counts, the rest gives way to what the user set. The import takes seconds and is done here.
     """
-    quiet = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(timeout_s)),
-    }
-    for key, value in quiet.items():
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(timeout_s))
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is created

@@ -135,7 +135,7 @@ class Mirror:
         """Reads the folders, unless more waits in memory than may. The last pass reads finished runs again."""
         pending = sum(replay.pending for replay in self._replays.values())
         for uri, replay in list(self._replays.items()):
-            if self._is_expired() or (replay.is_complete and not is_last) or (pending >= self._max_pending and not is_last):
+            if self._is_expired() or self._may_rest(uri, replay) or (pending >= self._max_pending and not is_last):
                 continue
             before = replay.pending
             try:
@@ -150,8 +150,7 @@ class Mirror:
         for uri, replay in list(self._replays.items()):
             if self._is_expired():
                 return
-            is_idle = replay.is_complete or time.monotonic() < self._held_until.get(uri, 0)
-            if is_idle and self._deadline is None:
+            if self._may_rest(uri, replay):
                 continue
             try:
                 replay.push(self._connect(), expired=self._is_expired)
@@ -161,10 +160,15 @@ class Mirror:
                     return
                 self._start_over(uri, error)
             else:
-                self._run_errors.pop(uri, None)
+                if replay.run_id is not None:
+                    self._run_errors.pop(uri, None)
         if self._server_error is not None and self._session is not None:
             logger.info("MLflow at %s answers again", public_uri(self._uri))
             self._backoff_s, self._server_error = 0.0, None
+
+    def _may_rest(self, uri: str, replay: RunReplay) -> bool:
+        """Nothing to do for this run now: it is all there, or was refused lately. The last pass tries everything."""
+        return self._deadline is None and (replay.is_complete or time.monotonic() < self._held_until.get(uri, 0))
 
     def _connect(self) -> Session:
         if self._session is None:

@@ -8,13 +8,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from crate_ray.config import digest
 from crate_ray.runs import RunFolder
 from crate_ray.tracking.client import absolute_uri, first_line, open_client, public_uri
-from crate_ray.tracking.describe import MAX_NAME, MAX_TAG
+from crate_ray.tracking.describe import MAX_NAME, MAX_TAG, RUN_UID_TAG
 from crate_ray.tracking.experiment import initialise
-from crate_ray.tracking.replay import RunReplay, Session
+from crate_ray.tracking.replay import RunReplay, Session, find_run
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ def log_comparison(
     from mlflow.exceptions import MlflowException  # after open_client: its settings count at import
 
     described = {key: str(value)[:MAX_TAG] for key, value in (tags or {}).items()}
-    described |= {"kind": "compare", "comparison": name[:MAX_TAG]}
+    described |= {"kind": "compare", RUN_UID_TAG: f"compare-{digest([experiment, name])[:32]}"}
     try:
-        run_id = _comparison_run(client, experiment_id, name, described)
+        run_id = _comparison_run(Session(client, absolute_uri(uri), experiment_id), name, described)
         for path in artifacts:
             client.log_artifact(run_id, str(path))
         client.set_terminated(run_id, "FINISHED")
@@ -100,15 +100,13 @@ def log_comparison(
     return run_id
 
 
-def _comparison_run(client: Any, experiment_id: str, name: str, tags: dict[str, str]) -> str:
-    quoted = tags["comparison"].replace("'", "\\'")
-    found = client.search_runs([experiment_id], filter_string=f"tags.comparison = '{quoted}'", max_results=1)
-    if not found:
-        return str(client.create_run(experiment_id, tags=tags, run_name=name[:MAX_NAME]).info.run_id)
-    run_id = str(found[0].info.run_id)
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
-    return run_id
+def _comparison_run(session: Session, name: str, tags: dict[str, str]) -> str:
+    found = find_run(session, tags[RUN_UID_TAG])
+    if found is None:
+        found = session.client.create_run(session.experiment_id, tags=tags, run_name=name[:MAX_NAME])
+    for key, value in tags.items() - found.data.tags.items():
+        session.client.set_tag(found.info.run_id, key, value)
+    return str(found.info.run_id)
 
 
 def _replay(folder: RunFolder, session: Session) -> SyncResult:

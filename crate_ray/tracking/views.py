@@ -87,7 +87,7 @@ def efficiency_state() -> State:
         "compareRunCharts": [
             _scatter("scatter-encoder", efficiency, encoder, probe),
             _scatter("scatter-gflops", efficiency, gflops, probe),
-            _chart("bar-probe", "BAR", efficiency, displayName="Probe top-1", metricKey=probe),
+            _chart("bar-probe", "BAR", efficiency, metricKey=probe),
             _scatter("scatter-total", efficiency, total, probe),
             _chart(
                 "difference",
@@ -99,9 +99,9 @@ def efficiency_state() -> State:
                 showDifferencesOnly=True,
                 baselineColumnUuid="",
             ),
-            _line("line-knn", evaluation, "eval/knn_top1", "kNN top-1 on validation"),
-            _line("line-eval", evaluation, "eval/loss", "Validation loss"),
-            _line("line-loss", training, "train/loss", "Pretraining loss"),
+            _line("line-knn", evaluation, "eval/knn_top1"),
+            _line("line-eval", evaluation, "eval/loss"),
+            _line("line-loss", training, "train/loss"),
         ],
     }
 
@@ -112,17 +112,17 @@ def curves_state() -> State:
     columns += [f"params.`{key}`" for key in ("model", "arch", "lr", "seed")]
     training, evaluation, speed = "training", "evaluation", "speed"
     return {
-        **_page(order_by="train/loss", columns=columns),
+        **_page(order_by="train/loss", ascending=True, columns=columns),
         "compareRunSections": [_section(training, "Training"), _section(evaluation, "Validation"), _section(speed, "Speed")],
         "compareRunCharts": [
-            _line("line-loss", training, "train/loss", "Pretraining loss"),
-            _line("line-grad", training, "train/grad_norm", "Gradient norm", scale="log"),
-            _line("line-lr", training, "train/lr", "Learning rate"),
-            _line("line-eval", evaluation, "eval/loss", "Validation loss"),
-            _line("line-knn", evaluation, "eval/knn_top1", "kNN top-1 on validation"),
-            _line("line-speed", speed, "perf/images_per_s", "Images per second"),
-            _line("line-wait", speed, "perf/data_wait_fraction", "Share of time waiting for data"),
-            _line("line-memory", speed, "memory/peak_gib", "Peak memory (GiB)"),
+            _line("line-loss", training, "train/loss"),
+            _line("line-grad", training, "train/grad_norm", scale="log"),
+            _line("line-lr", training, "train/lr"),
+            _line("line-eval", evaluation, "eval/loss"),
+            _line("line-knn", evaluation, "eval/knn_top1"),
+            _line("line-speed", speed, "perf/images_per_s"),
+            _line("line-wait", speed, "perf/data_wait_fraction"),
+            _line("line-memory", speed, "memory/peak_gib"),
         ],
     }
 
@@ -148,11 +148,11 @@ def _state_of(tag: str | None) -> State | None:
     return state
 
 
-def _page(*, order_by: str, columns: list[str]) -> State:
+def _page(*, order_by: str, columns: list[str], ascending: bool = False) -> State:
     return {
         "searchFilter": _RUNS_OF_MODELS,
         "orderByKey": _metric_column(order_by),
-        "orderByAsc": False,
+        "orderByAsc": ascending,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
@@ -182,7 +182,9 @@ def _metric_column(key: str) -> str:
 
 
 def _section(uuid: str, name: str) -> State:
-    return {"uuid": uuid, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    """Two charts a row: at MLflow's own three, axis titles are cut off beside the list of runs."""
+    layout = {"columns": 2, "cardHeight": 420}
+    return {"uuid": uuid, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False, **layout}
 
 
 def _chart(uuid: str, kind: str, section: str, **settings: Any) -> State:
@@ -195,14 +197,14 @@ def _scatter(uuid: str, section: str, x: str, y: str) -> State:
     return _chart(uuid, "SCATTER", section, xaxis={"key": x, "type": "METRIC"}, yaxis={"key": y, "type": "METRIC"})
 
 
-def _line(uuid: str, section: str, key: str, title: str, *, scale: str = "linear") -> State:
+def _line(uuid: str, section: str, key: str, *, scale: str = "linear") -> State:
+    """A curve over steps; its title is the key."""
     return _chart(
         uuid,
         "LINE",
         section,
         metricKey=key,
         selectedMetricKeys=[key],
-        displayName=title,
         lineSmoothness=0,
         xAxisScaleType="linear",
         scaleType=scale,

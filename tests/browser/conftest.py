@@ -11,7 +11,8 @@ import pytest
 
 from crate_ray.config import RunConfig, fingerprint
 from crate_ray.runs import Lease, RecordWriter, RunFolder, open_run
-from crate_ray.tracking import Mirror, Server, initialise, serve
+from crate_ray.tracking import Mirror, initialise, serve
+from crate_ray.tracking.client import LOCAL_UI
 from crate_ray.tracking.server import free_port
 
 EXPERIMENT = "crate-mae/saved-view"
@@ -57,16 +58,17 @@ def make_run(
     lease = Lease.take(folder)
     writer = RecordWriter(folder, lease.attempt)
     generator = np.random.default_rng(seed + width)
+    floor = 1.5 - 1.25 * final[3]
     for step in range(0, 401, 20):
         fall = math.exp(-step / 120)
         noise = float(generator.normal(0, 0.005))
         values = {
-            "train/loss": 0.35 + 0.6 * fall + noise,
+            "train/loss": floor + 0.6 * fall + noise,
             "train/lr": 1e-3 * (1 - step / 400),
             "perf/images_per_s": 900.0 + 1e3 * noise,
         }
         if step % 100 == 0:
-            values |= {"eval/loss": 0.36 + 0.6 * fall, "eval/knn_top1": final[3] - 0.5 * fall}
+            values |= {"eval/loss": floor + 0.01 + 0.6 * fall, "eval/knn_top1": final[3] - 0.5 * fall}
         writer.write(step, values)
     encoder, total, gflops, probe = final
     probe += float(generator.normal(0, 0.004))
@@ -76,7 +78,7 @@ def make_run(
         "final/gflops": gflops,
         "final/probe_top1": round(probe, 4),
     }
-    writer.write(400, {**finals, "final/eval_loss": 0.36})
+    writer.write(400, {**finals, "final/eval_loss": round(floor + 0.03, 4)})
     writer.close()
     folder.write_json("final.json", {"values": finals})
     lease.end("FINISHED")
@@ -98,19 +100,18 @@ def make_sweep(root: Path) -> list[RunFolder]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
-    """A real server on a real database with the sweep in it, and the experiment's id."""
+def view_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The link that a run prints, on a real server over a real database with the sweep in it."""
     root = tmp_path_factory.mktemp("saved_view")
     uri = f"sqlite:///{root}/mlflow.db"
-    experiment_id = initialise(uri, EXPERIMENT)
-    assert experiment_id is not None
+    assert initialise(uri, EXPERIMENT) is not None
     mirror = Mirror(uri, EXPERIMENT)
     for folder in make_sweep(root):
         mirror.follow(folder)
     summary = mirror.close(60)
     assert (summary.pending, summary.error) == (0, None)
     with serve(uri, port=free_port()) as running:
-        yield running, experiment_id
+        yield mirror.links()["experiment"].replace(LOCAL_UI, running.url)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,79 @@
+"""Names, parameters and addresses: pure functions, no database."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
+from crate_ray.tracking import default_uri, view_url
+from crate_ray.tracking.client import absolute_uri, public_uri
+from crate_ray.tracking.describe import MAX_NAME, dataset_name, metric_key, model_name, run_name
+
+
+def config_of(model: dict[str, Any], **overrides: Any) -> RunConfig:
+    sections = {"data": {"train": "d"}, "optimizer": {"lr": 1e-3}, "train": {"steps": 1, "global_batch": 8}}
+    return RunConfig.parse({"model": model, **sections, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"preset": "crate_mae_tiny"}, "12x384 s0 crate"),
+        ({"preset": "mae_base"}, "12x768 s0 vit"),
+        ({"preset": "crate_mae_tiny", "ista_step_size": 0.2}, "12x384 e0.2 s0 cra"),
+        ({"preset": "mae_small", "mask_ratio": 0.6}, "12x384 m0.6 s0 vit"),
+    ],
+)
+def test_a_run_name_says_first_what_tells_runs_apart(model: dict[str, Any], expected: str) -> None:
+    name = run_name("folder", config_of(model))
+    assert name == expected
+    assert len(name) <= MAX_NAME
+
+
+def test_a_name_that_the_user_chose_stands() -> None:
+    assert run_name("my-first-run", config_of({"preset": "mae_small"}, name="my-first-run")) == "my-first-run"
+
+
+def test_every_preset_of_a_masked_autoencoder_has_its_model_name_without_a_size() -> None:
+    for preset, values in PRESETS.items():
+        if "num_classes" not in values:
+            assert preset.startswith(model_name(ModelConfig.parse({"preset": preset})) + "_")
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"), [("out/digits/train", "digits"), ("s3://b/imagenet/train/", "imagenet"), ("shapes", "shapes")]
+)
+def test_a_data_set_is_named_by_its_folder(uri: str, name: str) -> None:
+    assert dataset_name(uri) == name
+
+
+def test_keys_that_mlflow_refuses_are_made_acceptable() -> None:
+    assert metric_key("whitebox/layer03/coding_rate_pre_nats") == "whitebox/layer03/coding_rate_pre_nats"
+    assert metric_key("a=b@(c)") == "a_b__c_"
+    assert len(metric_key("k" * 400)) == 250
+
+
+def test_a_database_uri_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_uri("out") == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert default_uri("s3://bucket/runs") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert absolute_uri("http://host:5000/") == "http://host:5000"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "sqlite:///", "http:host"])
+def test_what_is_no_tracking_store_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri"):
+        absolute_uri(uri)
+
+
+def test_a_password_is_not_shown() -> None:
+    assert public_uri("postgresql://me:secret@host:5432/db") == "postgresql://host:5432/db"
+    assert public_uri("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"
+
+
+def test_a_link_to_a_view_needs_no_click() -> None:
+    assert view_url("http://host:1/", "7", "v") == (
+        "http://host:1/#/experiments/7/runs?viewStateShareKey=v&compareRunsMode=CHART&workflowType=machine_learning"
+    )

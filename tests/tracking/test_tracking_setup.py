@@ -1,0 +1,104 @@
+"""The database, its experiment and saved views, and the local server."""
+
+import base64
+import json
+import logging
+import os
+import socket
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crate_ray.config import ConfigError
+from crate_ray.tracking import CURVES, EFFICIENCY, initialise, serve, write_views
+from crate_ray.tracking.server import free_port
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's own, with a newer SQLAlchemy
+
+
+def view_of(client: Any, experiment_id: str, view_id: str) -> tuple[str, dict[str, Any]]:
+    tag = client.get_experiment(experiment_id).tags[f"mlflow.sharedViewState.{view_id}"]
+    assert len(tag) <= 20_000
+    packed = json.loads(tag)["state"].removeprefix("deflate;")
+    return tag, json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
+def test_an_experiment_is_made_once_with_both_views_and_its_artifacts_beside_the_database(
+    uri: str, client: Any, experiment: str
+) -> None:
+    experiment_id = initialise(uri, experiment)
+    assert experiment_id is not None
+    before = view_of(client, experiment_id, EFFICIENCY)
+    assert initialise(uri, experiment) == experiment_id
+    assert view_of(client, experiment_id, EFFICIENCY) == before
+    charts = before[1]["compareRunCharts"]
+    axes = [(chart["xaxis"]["key"], chart["yaxis"]["key"]) for chart in charts if chart["type"] == "SCATTER"]
+    assert axes[:2] == [("final/encoder_params_m", "final/probe_top1"), ("final/gflops", "final/probe_top1")]
+    sections = {section["uuid"] for section in before[1]["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in charts} == sections
+    assert "train/loss" in [chart["metricKey"] for chart in view_of(client, experiment_id, CURVES)[1]["compareRunCharts"]]
+    location = Path(client.get_experiment(experiment_id).artifact_location.removeprefix("file://"))
+    assert location.parent == Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+
+
+def test_the_filter_of_the_view_shows_trained_runs_and_no_others(uri: str, client: Any, experiment: str) -> None:
+    experiment_id = initialise(uri, experiment)
+    assert experiment_id is not None
+    for kind in ("sweep", "trial", "train", "control", "probe", "compare"):
+        client.create_run(experiment_id, tags={"kind": kind})
+    shown = client.search_runs([experiment_id], filter_string=view_of(client, experiment_id, EFFICIENCY)[1]["searchFilter"])
+    assert {run.data.tags["kind"] for run in shown} == {"trial", "train"}
+
+
+def test_an_untested_mlflow_gets_no_views_and_one_warning(
+    uri: str, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mlflow.__version__", "4.0.0")
+    with caplog.at_level(logging.WARNING, logger="crate_ray"):
+        assert write_views(client, "0") == []
+    assert ["4.0.0" in record.message for record in caplog.records] == [True]
+
+
+def test_a_deleted_experiment_is_an_error_that_says_so(uri: str, client: Any, experiment: str) -> None:
+    client.delete_experiment(initialise(uri, experiment))
+    with pytest.raises(ConfigError, match="was deleted in MLflow"):
+        initialise(uri, experiment)
+
+
+def test_a_database_that_cannot_be_written_is_an_error_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "mlflow.db", tmp_path):
+        with pytest.raises(ConfigError, match=r"--set tracking\.uri"):
+            initialise(f"sqlite:///{path}", "any")
+
+
+def test_a_taken_port_is_an_error_that_names_a_free_one(uri: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(ConfigError, match=r"--port \d+"):
+            serve(uri, port=listener.getsockname()[1])
+
+
+def test_a_server_is_not_served_again() -> None:
+    with pytest.raises(ConfigError, match="is a server already"):
+        serve("http://me:secret@host:5000")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_server_answers_takes_runs_and_leaves_no_process_behind(uri: str, experiment: str, make_run: Any) -> None:
+    from crate_ray.runs import Lease
+    from crate_ray.tracking import sync
+
+    folder = make_run()
+    Lease.take(folder).end("FINISHED")
+    with serve(uri, port=free_port()) as server:
+        assert server.is_healthy()
+        (result,) = sync([folder], server.url, experiment)
+        assert result.error is None
+    assert not server.is_healthy()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server.pid, 0)
