@@ -3,6 +3,7 @@
 In: a `.safetensors` or `.pth` file (local or URL), or a state dict, in one of four layouts told apart by their keys:
 ours; the CRATE repository's autoencoder (CRATE or ViT blocks); its classifier; facebookresearch/mae.
 Out: the model, filled in place. Nothing is loaded by halves: one missing, extra or mis-shaped key refuses all of it.
+What keys and shapes cannot tell: whether a published autoencoder saw all tokens or the visible ones; the configuration decides.
 `.pth` files are read with `weights_only=True`: they come from strangers.
 """
 
