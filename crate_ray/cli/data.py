@@ -1,0 +1,237 @@
+"""`crate-ray data`: write shards, index those of others, audit them, and show which rank reads which sample.
+
+In: sources and folders of shards. Out: shards with their index, or tables about them. `plan` calls the functions
+that the reader calls, so what it prints is what a run reads.
+"""
+
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from crate_ray import storage
+from crate_ray.cli.arguments import Json
+from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.config import DataConfig
+
+if TYPE_CHECKING:
+    from crate_ray.data import BuildSummary, ShardIndex
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, index, audit and inspect shards of images.")
+
+Url = Annotated[str, typer.Argument(help="Folder or URL of one split: *.tar shards with their index.")]
+
+_LINE_EVERY_S = 10.0
+_SHOWN_ROWS = 64
+_SHOWN_KEYS = 3
+_RECIPES = {"imagenet": "imagenet_crate_mae_base"}
+_DEFAULT_RECIPE = "digits_crate_mae"
+_DEFAULT_PLACE = ("digits", "data/digits")  # what that recipe reads without being told
+
+
+@app.command("build")
+def build(
+    source: Annotated[str, typer.Argument(help="digits, photos, shapes:N, folder:DIR or imagenet:DIR.")],
+    out: Annotated[str, typer.Argument(help="Folder or URL of the data set.")],
+    seed: Annotated[int, typer.Option(min=0, help="Decides the split, the order and what is drawn at random.")] = 0,
+    image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; shapes only.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=2, help="Number of classes; shapes only.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core for large sources.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a source as shards with their index; the same command again continues or returns at once."""
+    from crate_ray.data import build_source, load_index
+
+    with _progress() as progress:
+        summary = build_source(
+            source, out, seed=seed, image_size=image_size, num_classes=num_classes, workers=workers, progress=progress
+        )
+    splits = {split: _describe(load_index(storage.join(out, split))) for split in summary.counts}
+    if as_json:
+        print_json({"out": out, "source": source, "reused": summary.reused, "classes": summary.classes, "splits": splits})
+        return
+    if summary.reused:
+        console.print(f"{escape(out)} holds this data set already; nothing was written", soft_wrap=True)
+    print_table(
+        ("split", "images", "shards", "MB", "classes"),
+        [
+            [split, f"{row['num_samples']:,}", str(row["num_shards"]), f"{row['bytes'] / 1e6:.1f}", str(row["num_classes"])]
+            for split, row in splits.items()
+        ],
+    )
+    console.print(f"next: {escape(_next_command(summary))}", soft_wrap=True)
+
+
+@app.command("index")
+def index(
+    url: Annotated[str, typer.Argument(help="Folder or URL that holds *.tar shards, ours or anyone's.")],
+    num_classes: Annotated[int | None, typer.Option(min=1, help="By default the largest label plus one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Index shards that another program wrote."""
+    from crate_ray.data import build_index
+
+    found = {"url": url, **_describe(build_index(url, num_classes=num_classes))}
+    if as_json:
+        print_json(found)
+        return
+    labels = f"{found['num_labelled']:,} labelled, {found['num_classes']} classes" if found["num_labelled"] else "no labels"
+    console.print(f"{found['num_samples']:,} images in {found['num_shards']} shards, {labels}", soft_wrap=True)
+    console.print(f"digest {found['digest']}", soft_wrap=True)
+
+
+@app.command("verify")
+def verify(url: Url, as_json: Json = False) -> None:
+    """Compare shards with their index, byte for byte; exit code 1 when they differ."""
+    from crate_ray.data import load_index, verify_index
+
+    faults = verify_index(url)
+    found = _describe(load_index(url))
+    if as_json:
+        print_json({"url": url, "ok": not faults, "faults": faults, **found})
+    elif faults:
+        for fault in faults:
+            console.print(escape(fault), soft_wrap=True)
+    else:
+        text = f"{found['num_samples']:,} images in {found['num_shards']} shards agree with the index; digest {found['digest']}"
+        console.print(text, soft_wrap=True)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan(
+    url: Url,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Workers.")] = 1,
+    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Images a step, over all workers.")] = 64,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to show.")] = 1,
+    cursor: Annotated[int, typer.Option("--cursor", min=0, help="Images consumed before; epochs follow one another.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="train.seed of the run.")] = 0,
+    lanes: Annotated[int, typer.Option(min=1, help="data.lanes of the run.")] = DataConfig.model_fields["lanes"].default,
+    window: Annotated[int, typer.Option(min=1, help="data.window of the run.")] = DataConfig.model_fields["window"].default,
+    as_json: Json = False,
+) -> None:
+    """Show which rank reads which sample at which step."""
+    from crate_ray.data import SampleOrder, load_index
+
+    found = load_index(url)
+    order = SampleOrder(found.shard_sizes, seed=seed, lanes=lanes, window=window)
+    cursors = range(cursor, cursor + steps * global_batch, global_batch)
+    planned = [_plan_step(found, order, at, world_size, global_batch) for at in cursors]
+    body = {"coverage": _coverage(found, planned), "steps": planned}
+    if as_json:
+        print_json({"url": url, "digest": found.digest, "world_size": world_size, "global_batch": global_batch, **body})
+    else:
+        _print_plan(body)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """What is called with (done, total): a bar on a terminal's standard error, a line every ten seconds elsewhere."""
+    last_line = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > _LINE_EVERY_S:
+            last_line = time.monotonic()
+            errors.print(f"{done:,}/{total:,} images", soft_wrap=True)
+
+    if not errors.is_terminal:
+        yield line
+        return
+    columns = (TextColumn("images"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _describe(index: "ShardIndex") -> dict[str, Any]:
+    return {
+        "num_samples": index.num_samples,
+        "num_shards": len(index.shard_names),
+        "bytes": sum(index.shards["bytes"].to_pylist()),
+        "num_classes": index.num_classes,
+        "num_labelled": int((index.labels >= 0).sum()),
+        "digest": index.digest,
+    }
+
+
+def _next_command(summary: "BuildSummary") -> str:
+    """The command that trains on what was built; digits in the place that the recipe names need no overrides."""
+    recipe = _RECIPES.get(summary.source.partition(":")[0], _DEFAULT_RECIPE)
+    command = ["crate-ray", "train", recipe]
+    if (summary.source, summary.out.rstrip("/")) == _DEFAULT_PLACE:
+        return shlex.join(command)
+    for key, split in (("train", "train"), ("eval", "validation"), ("test", "test")):
+        value = storage.join(summary.out, split) if split in summary.counts else "null"
+        command += ["--set", f"data.{key}={value}"]
+    return shlex.join(command)
+
+
+def _plan_step(index: "ShardIndex", order: Any, cursor: int, world_size: int, global_batch: int) -> dict[str, Any]:
+    """What every rank reads in the step at a cursor."""
+    from crate_ray import data
+
+    batch = data.global_batch(order, cursor=cursor, size=global_batch)
+    keys, shards = index.samples["key"], index.shard_of
+    ranks = []
+    for rank in range(world_size):
+        share = data.rank_slice(rank, world_size, global_batch)
+        ids = batch.sample_ids[share.start : share.stop]
+        ranks.append(
+            {
+                "rank": rank,
+                "keys": keys.take(ids).to_pylist(),
+                "sample_ids": ids.tolist(),
+                "epochs": batch.epochs[share.start : share.stop].tolist(),
+                "shards": sorted({index.shard_names[shard] for shard in shards[ids]}),
+                "padding": share.padded - (share.stop - share.start),
+            }
+        )
+    return {"cursor": cursor, "ranks": ranks}
+
+
+def _coverage(index: "ShardIndex", steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much of the data the steps read, and whether a sample comes twice in one epoch (it never should)."""
+    ranks = [rank for step in steps for rank in step["ranks"]]
+    reads = [pair for rank in ranks for pair in zip(rank["epochs"], rank["sample_ids"], strict=True)]
+    per_step = [len({shard for rank in step["ranks"] for shard in rank["shards"]}) for step in steps]
+    return {
+        "reads": len(reads),
+        "distinct_samples": len({sample for _, sample in reads}),
+        "num_samples": index.num_samples,
+        "duplicates_within_an_epoch": len(reads) - len(set(reads)),
+        "epochs": sorted({epoch for epoch, _ in reads}),
+        "shards_touched": len({shard for rank in ranks for shard in rank["shards"]}),
+        "num_shards": len(index.shard_names),
+        "most_shards_in_a_step": max(per_step),
+    }
+
+
+def _print_plan(body: dict[str, Any]) -> None:
+    rows = [
+        [str(number), str(rank["rank"]), str(len(rank["keys"])), str(len(rank["shards"])), _some(rank["keys"])]
+        for number, step in enumerate(body["steps"])
+        for rank in step["ranks"]
+    ]
+    print_table(("step", "rank", "images", "shards", "keys"), rows[:_SHOWN_ROWS])
+    if len(rows) > _SHOWN_ROWS:
+        console.print(f"... {len(rows) - _SHOWN_ROWS} more rows; --json gives all of them with every key")
+    c = body["coverage"]
+    console.print(
+        f"{c['reads']:,} reads of {c['distinct_samples']:,} of {c['num_samples']:,} images in epoch "
+        f"{'-'.join(str(e) for e in sorted({c['epochs'][0], c['epochs'][-1]}))}; "
+        f"{c['duplicates_within_an_epoch']} read twice in one epoch; "
+        f"{c['shards_touched']} of {c['num_shards']} shards touched, at most {c['most_shards_in_a_step']} in a step",
+        soft_wrap=not console.is_terminal,
+    )
+
+
+def _some(keys: list[str]) -> str:
+    rest = len(keys) - _SHOWN_KEYS
+    return escape(" ".join(keys[:_SHOWN_KEYS])) + (f" +{rest}" if rest > 0 else "")

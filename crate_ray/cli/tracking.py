@@ -1,0 +1,151 @@
+"""`crate-ray tracking`: catch MLflow up with the run folders, show it, and close the runs of dead drivers.
+
+In: a folder of run folders. Out: MLflow runs, or a server for a local database. The folders are the truth and
+MLflow is a mirror of them, so each of these verbs can be repeated at any time.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from crate_ray import storage
+from crate_ray.cli.arguments import Json
+from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.runs import Root, find_runs
+from crate_ray.config import ConfigError
+from crate_ray.runs import RunFolder, read_status, write_status
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mirror run folders to MLflow, and look at them there.")
+
+Uri = Annotated[
+    str | None,
+    typer.Option("--uri", help="Tracking store; by default each run's tracking.uri, else mlflow.db beside the runs."),
+]
+Experiment = Annotated[
+    str | None, typer.Option("--experiment", help="Name of the experiment; by default each run's tracking.experiment.")
+]
+
+
+@app.command("sync")
+def sync(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_json: Json = False) -> None:
+    """Send to MLflow what it has not got of the run folders; what is there stays."""
+    rows = _sync(find_runs(root), root, uri, experiment)
+    _finish(rows, as_json, nothing=f"no runs in {root}: nothing to send")
+
+
+@app.command("reap")
+def reap(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_json: Json = False) -> None:
+    """Mark runs whose driver died as FAILED, in their folders and in MLflow."""
+    folders = [folder for folder in find_runs(root) if _close_stale(folder)]
+    rows = _sync(folders, root, uri, experiment)
+    _finish(rows, as_json, nothing=f"no run in {root} has lost its driver: nothing to close")
+
+
+@app.command("ui")
+def ui(
+    root: Root = "out",
+    uri: Uri = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 5000,
+    as_json: Json = False,
+) -> None:
+    """Serve MLflow's pages of the runs until Ctrl-C."""
+    from crate_ray.tracking import initialise, serve, view_url
+
+    store, experiments = _store(root, uri)
+    # Before the server starts: two processes that open a fresh database at once break its migration.
+    ids = {name: initialise(store, name) for name in experiments}
+    signal.signal(signal.SIGTERM, _terminated)
+    with serve(store, host, port) as server:
+        views = {name: view_url(server.url, found) for name, found in ids.items() if found is not None}
+        if as_json:
+            print_json({"url": server.url, "uri": store, "views": views})
+            sys.stdout.flush()
+        else:
+            console.print(f"MLflow  {server.url}  (Ctrl-C stops it)", soft_wrap=True)
+            for name, link in views.items():
+                console.print(f"{escape(name)}  {link}", soft_wrap=True)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+        errors.print(f"the MLflow server ended by itself; its last lines:\n{escape(server.log_tail())}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """SIGTERM leaves through the `with`, so that the server does not outlive this process."""
+    raise SystemExit(128 + number)
+
+
+def _store(root: str, uri: str | None) -> tuple[str, list[str]]:
+    """The tracking store to serve, and the experiments that the runs name in it.
+
+    Raises:
+        ConfigError: No runs and no store, or runs in several stores.
+    """
+    if uri is not None and not storage.exists(root):
+        return uri, []
+    destinations = [_destination(folder, root, uri, None) for folder in find_runs(root)]
+    stores = sorted({store for store, _ in destinations}) or [uri or _default_uri(root)]
+    if len(stores) > 1:
+        raise ConfigError(f"the runs in {root} are in several tracking stores; choose one with --uri: {', '.join(stores)}")
+    return stores[0], sorted({name for _, name in destinations})
+
+
+def _default_uri(root: str) -> str:
+    from crate_ray.tracking import default_uri
+
+    return default_uri(root)
+
+
+def _destination(folder: RunFolder, root: str, uri: str | None, experiment: str | None) -> tuple[str, str]:
+    """Store and experiment of one run: as asked for, else as its configuration says."""
+    config = folder.read_config()
+    return uri or config.tracking.uri or _default_uri(root), experiment or config.tracking.experiment
+
+
+def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: str | None) -> list[dict[str, Any]]:
+    """Syncs runs, those of one experiment together, so that parents come before what they started."""
+    from crate_ray import tracking
+
+    groups: dict[tuple[str, str], list[RunFolder]] = {}
+    for folder in folders:
+        groups.setdefault(_destination(folder, root, uri, experiment), []).append(folder)
+    rows = []
+    for (store, name), members in groups.items():
+        results = tracking.sync(members, store, name)
+        rows += [{**asdict(result), "experiment": name, "uri": tracking.web_url(store)} for result in results]
+    return rows
+
+
+def _finish(rows: list[dict[str, Any]], as_json: bool, *, nothing: str) -> None:
+    """Prints how each run fared; exit code 1 when one could not be sent."""
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        console.print(escape(nothing), soft_wrap=True)
+    else:
+        print_table(
+            ("run", "experiment", "records sent", "result"),
+            [[escape(r["name"]), escape(r["experiment"]), str(r["sent"]), "failed" if r["error"] else "ok"] for r in rows],
+        )
+        for row in rows:
+            if row["error"]:
+                console.print(f"{escape(row['name'])}: {escape(row['error'])}", soft_wrap=True)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _close_stale(folder: RunFolder) -> bool:
+    """Writes FAILED, as of the last heartbeat, for a run whose driver died; whether it was one."""
+    status = read_status(folder)
+    if status is None or not status.is_stale:
+        return False
+    write_status(folder, replace(status, state="FAILED", ended=status.heartbeat, reason="driver died"))
+    return True
