@@ -1,14 +1,18 @@
 """The link that crate-ray prints, opened in a fresh browser: what is on the page before anyone clicks."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_folders import make_sweep
 
-from crate_ray.tracking import CURVES, EFFICIENCY
+from crate_ray.tracking import CURVES, EFFICIENCY, Mirror, initialise, serve
+from crate_ray.tracking.client import LOCAL_UI
 from crate_ray.tracking.describe import FAMILY_COLOURS
+from crate_ray.tracking.server import free_port
 
 pytestmark = [
     pytest.mark.browser,
@@ -16,6 +20,31 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning"),  # MLflow's own, with a newer SQLAlchemy
 ]
 _WAIT_MS = 60_000
+_EXPERIMENT = "crate-mae/saved-view"
+
+
+@pytest.fixture(scope="module")
+def view_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The link that a run prints, on a real server over a real database with the sweep in it."""
+    root = tmp_path_factory.mktemp("saved_view")
+    uri = f"sqlite:///{root}/mlflow.db"
+    assert initialise(uri, _EXPERIMENT) is not None
+    mirror = Mirror(uri, _EXPERIMENT)
+    for folder in make_sweep(root):
+        mirror.follow(folder)
+    summary = mirror.close(60)
+    assert (summary.pending, summary.error) == (0, None)
+    with serve(uri, port=free_port()) as running:
+        yield mirror.links()["experiment"].replace(LOCAL_UI, running.url)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """The system's browser; Playwright's own download is not used."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail("no Chromium on this machine; on Debian: apt-get install chromium")
+    return path
 
 
 @pytest.fixture

@@ -1,21 +1,14 @@
-"""Run folders as a small sweep leaves them, mirrored to a database that a real server shows."""
+"""Run folders as a small sweep leaves them: real writers, invented numbers."""
 
 import math
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from crate_ray.config import RunConfig, fingerprint
 from crate_ray.runs import Lease, RecordWriter, RunFolder, open_run
-from crate_ray.tracking import Mirror, initialise, serve
-from crate_ray.tracking.client import LOCAL_UI
-from crate_ray.tracking.server import free_port
 
-EXPERIMENT = "crate-mae/saved-view"
 # Preset, width, heads, depth and what a run of it ends with: encoder and total parameters (M), GFLOPs, probe top-1.
 # Invented numbers of a plausible size: what is under test is the page.
 SHAPES: list[tuple[str, int, int, int, tuple[float, float, float, float]]] = [
@@ -97,27 +90,3 @@ def make_sweep(root: Path) -> list[RunFolder]:
     ]
     control = make_run(root, "mae_small", (192, 3, 6), (2.71, 6.02, 0.16, 0.31), kind="control", seed=8)
     return [parent, *trials, control]
-
-
-@pytest.fixture(scope="session")
-def view_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The link that a run prints, on a real server over a real database with the sweep in it."""
-    root = tmp_path_factory.mktemp("saved_view")
-    uri = f"sqlite:///{root}/mlflow.db"
-    assert initialise(uri, EXPERIMENT) is not None
-    mirror = Mirror(uri, EXPERIMENT)
-    for folder in make_sweep(root):
-        mirror.follow(folder)
-    summary = mirror.close(60)
-    assert (summary.pending, summary.error) == (0, None)
-    with serve(uri, port=free_port()) as running:
-        yield mirror.links()["experiment"].replace(LOCAL_UI, running.url)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The system's browser; Playwright's own download is not used."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.fail("no Chromium on this machine; on Debian: apt-get install chromium")
-    return path
