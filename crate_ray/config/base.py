@@ -57,6 +57,8 @@ def _explain(root: type[BaseModel], item: Any) -> str:
         return f"{key}: required and not given"
     if not key:
         return message
+    if isinstance(item["input"], dict):  # keys that do not fit together: the message names them and their values
+        return f"{key}: {message}"
     return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -5,6 +5,7 @@ what a run records never depends on a later default. The keys are those of the m
 in tests/golden, so that a published case is a ModelConfig.
 """
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -88,9 +89,11 @@ class ModelConfig(Frozen):
     def _check_masking(self) -> None:
         n = self.num_patches
         if not 1 <= self.num_kept < n or not 0 <= self.mask_ratio <= 1:
+            # Rounded down, past the truncation of num_kept: the printed ratio must itself be valid.
+            largest = math.floor(1e4 * (1 - 1 / n) - 1e-6) / 1e4
             raise ValueError(
                 f"mask_ratio = {self.mask_ratio} keeps {self.num_kept} of {n} patches; at least one must be kept and "
-                f"one masked: use a ratio from {1 / n:.4g} to {1 - 1 / n:.4g}"
+                f"one masked: use a ratio above 0 and up to {largest:.4f}"
             )
         if self.encoder_tokens == "all" and self.decoder_width != self.width:
             raise ValueError(

@@ -1,0 +1,5 @@
+"""`python -m crate_ray VERB`."""
+
+from crate_ray.cli.main import main
+
+main()

@@ -1,0 +1,53 @@
+"""The command line: one module a verb; what is heavy is imported inside the verb.
+
+Exit codes: 0 success; 2 a configuration or input that the user can correct, as one message without a
+traceback; 1 failure; 130 and 143 stopped by SIGINT and SIGTERM after a checkpoint.
+"""
+
+import logging
+import sys
+import warnings
+
+import typer
+from rich.markup import escape
+
+from crate_ray import __version__
+from crate_ray.cli import data, doctor, models, probe, quickstart, runs, tracking, train
+from crate_ray.cli.output import errors
+from crate_ray.config import ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("quickstart")(quickstart.quickstart)
+app.command("doctor")(doctor.doctor)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("runs")(runs.runs)
+app.command("probe")(probe.probe)
+app.command("models")(models.models)
+app.add_typer(tracking.app, name="tracking")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"crate-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    """Pretrain CRATE-MAE and MAE on Ray, sweep their shape, compare them in MLflow."""
+
+
+def main() -> None:
+    """Entry point: turns errors a user can correct into one message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        app()
+    except ConfigError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,93 @@
+"""The progress of a run, read from its records: a bar in a terminal, plain lines elsewhere.
+
+The driver learns of progress in one way only, by following the run folder, so what is shown is what
+is recorded.
+"""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from crate_ray.cli.output import errors
+from crate_ray.runs import Record, RecordTail, RunFolder
+
+LINE_EVERY_S = 10.0
+
+
+class RunProgress:
+    """Shows step, loss, images/s, data wait and time left of one run at a time."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=errors,
+            transient=False,
+        )
+        self._is_terminal = errors.is_terminal
+        self._tail: RecordTail | None = None
+        self._values: dict[str, float] = {}
+        self._first: Record | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._is_terminal:
+            self._bar.stop()
+
+    def follow(self, folder: RunFolder, *, total: int, attempt: int) -> None:
+        """Turns to a run of `total` steps; records of earlier attempts are not shown."""
+        self._tail, self._attempt, self._total, self._name = RecordTail(folder), attempt, total, folder.name
+        self._values, self._step, self._first = {}, 0, None
+        self._task = self._bar.add_task(folder.name, total=total, detail="starting workers")
+
+    def poll(self) -> None:
+        """Shows what came since the last call."""
+        if self._tail is None:
+            return
+        for record in self._tail.poll():
+            if record.attempt == self._attempt:
+                self._take(record)
+
+    def _take(self, record: Record) -> None:
+        self._values.update(record.values)
+        self._step = max(self._step, record.step)
+        self._first = self._first or record
+        detail = self._detail(record)
+        self._bar.update(self._task, completed=self._step, detail=detail)
+        is_last = self._step >= self._total and "train/loss" in record.values
+        if not self._is_terminal and (is_last or time.monotonic() - self._last_line > LINE_EVERY_S):
+            self._last_line = time.monotonic()
+            errors.print(f"{self._name}  step {self._step}/{self._total}  {detail}", soft_wrap=True)
+
+    def _detail(self, record: Record) -> str:
+        parts = []
+        for key, text in (
+            ("train/loss", "loss {:.4f}"),
+            ("eval/loss", "eval {:.4f}"),
+            ("eval/knn_top1", "kNN {:.1%}"),
+            ("perf/images_per_s", "{:.0f} images/s"),
+            ("perf/data_wait_fraction", "wait {:.0%}"),
+        ):
+            if key in self._values:
+                parts.append(text.format(self._values[key]))
+        first = self._first
+        if first is not None and self._step > first.step:
+            left_s = (record.time - first.time) / (self._step - first.step) * (self._total - self._step)
+            parts.append(f"{_duration(left_s)} left")
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,113 @@
+"""`crate-ray train`: one run through Ray Train; the same command again resumes it."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crate_ray.cli.arguments import Json, Set
+from crate_ray.cli.output import console, print_json, print_table
+from crate_ray.config import RunConfig, dump_yaml
+
+if TYPE_CHECKING:
+    from crate_ray.launch.train import RunOutcome
+
+EXIT_CODES = {"FINISHED": 0, "FAILED": 1}
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
+    overrides: Set = [],  # noqa: B006  typer reads the default
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, check data and storage, start nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Pretrain one model with Ray Train; the same command again resumes."""
+    config = RunConfig.load(recipe, overrides)
+    if dry_run:
+        plan(config, as_json=as_json)
+        return
+    from crate_ray.cli.study import Study
+    from crate_ray.training.prepare import absolute_paths, data_digest
+
+    data_digest(config)  # a wrong path is said before anything starts
+    config = absolute_paths(config)
+    with Study(config) as study:
+        outcome = study.train(config)
+    summary = summarise(outcome, study.links())
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary)
+    raise typer.Exit(exit_code(outcome))
+
+
+def exit_code(outcome: "RunOutcome") -> int:
+    """0 finished, 1 failed, 128 + the signal that stopped it."""
+    return EXIT_CODES.get(outcome.state, 128 + (outcome.signal or 15))
+
+
+def summarise(outcome: "RunOutcome", links: dict[str, Any]) -> dict[str, Any]:
+    """What a program wants to know of a run that ended."""
+    final = outcome.folder.read_json("final.json") or {"values": {}}
+    return {
+        "run": outcome.folder.name,
+        "folder": outcome.folder.uri,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "was_finished": outcome.was_finished,
+        "final": {key.removeprefix("final/"): value for key, value in final["values"].items()},
+        "link": links["runs"].get(outcome.folder.name),
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    state = f"{summary['state']} ({summary['reason']})" if summary["reason"] else summary["state"]
+    if summary["was_finished"]:
+        state += " before; nothing was run. Its result:"
+    console.print(f"{summary['run']}: {state}", soft_wrap=True)
+    if summary["final"]:
+        print_table(("final", "value"), [(key, f"{value:g}") for key, value in sorted(summary["final"].items())])
+    console.print(f"folder  {summary['folder']}", soft_wrap=True)
+    if summary["link"]:
+        console.print(f"MLflow  {summary['link']}", soft_wrap=True)
+
+
+def plan(config: RunConfig, *, as_json: bool) -> None:
+    """Prints what a run would be; reads the data's index and writes nothing."""
+    import math
+
+    from crate_ray.config import fingerprint, run_name
+    from crate_ray.data import load_index
+    from crate_ray.models.cost import count_parameters, training_flops_per_image
+    from crate_ray.training.prepare import absolute_paths, data_digest
+    from crate_ray.training.schedule import total_steps, warmup_steps
+
+    config = absolute_paths(config)
+    samples = load_index(config.data.train).num_samples
+    identity = fingerprint(config, data_digest(config), config.train.precision)
+    steps = total_steps(config, samples)
+    rows = math.ceil(config.train.global_batch / config.scale.num_workers)
+    parameters = count_parameters(config.model)
+    flops = training_flops_per_image(config.model)
+    facts = {
+        "run": run_name(config, identity["resume"]["digest"]),
+        "folder": f"{config.storage.path}/{run_name(config, identity['resume']['digest'])}",
+        "samples": samples,
+        "steps": steps,
+        "epochs": round(steps * config.train.global_batch / samples, 2),
+        "warmup_steps": warmup_steps(config, samples),
+        "peak_lr": config.optimizer.peak_lr(config.train.global_batch),
+        "workers": config.scale.num_workers,
+        "batch_per_worker": rows,
+        "micro_batches": math.ceil(rows / (config.train.micro_batch or rows)),
+        "params_trainable": parameters.trainable,
+        "params_encoder": parameters.encoder,
+        "training_gflops_per_image": round(flops / 1e9, 4),
+        "training_pflops": round(flops * steps * config.train.global_batch / 1e15, 4),
+    }
+    if as_json:
+        print_json({**facts, "config": config.model_dump(mode="json")})
+        return
+    print_table(("", "value"), [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items()])
+    console.print(dump_yaml(config), soft_wrap=True, markup=False)

@@ -1,0 +1,44 @@
+"""Judging runs on the cluster: one Ray task a run, so that the probes of a comparison run side by side."""
+
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from crate_ray.launch.cluster import connect
+from crate_ray.runs import RunFolder
+from crate_ray.training.probe import Split
+
+if TYPE_CHECKING:
+    from crate_ray.evaluation.intervals import Interval
+    from crate_ray.training.probe import Verdict
+
+
+def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "tuple[list[Verdict], Interval]":
+    """Judges runs that share their data, and raw pixels once.
+
+    Args:
+        folders: Finished runs; each is written by its own task.
+        split: What to judge on.
+
+    Returns:
+        A verdict for each run, in order, and the accuracy of raw pixels.
+    """
+    connect()
+    pixels = _judge_pixels.remote(folders[0].uri, split)
+    verdicts = [_judge.remote(folder.uri, split) for folder in folders]
+    found: Any = ray.get([*verdicts, pixels])
+    return found[:-1], found[-1]
+
+
+@ray.remote(num_cpus=1, max_retries=1)
+def _judge(uri: str, split: Split) -> "Verdict":
+    from crate_ray.training.probe import probe_run
+
+    return probe_run(RunFolder(uri), split=split)
+
+
+@ray.remote(num_cpus=1, max_retries=1)
+def _judge_pixels(uri: str, split: Split) -> "Interval":
+    from crate_ray.training.probe import probe_raw_pixels
+
+    return probe_raw_pixels(RunFolder(uri).read_config(), split=split)

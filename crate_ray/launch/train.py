@@ -1,0 +1,211 @@
+"""One run through Ray Train, from the driver's side.
+
+In: a RunConfig. Out: a run folder with its end written down. `fit()` runs in a thread; the main thread
+owns the signals, the lease and the caller's callback. A stop travels through StopSwitch to the loop,
+which writes a checkpoint and returns; only when that takes longer than `stop_grace_s` is the group torn
+down. Final numbers come from rank 0's records, never from what fit() returns.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+from crate_ray import storage
+from crate_ray.config import RunConfig
+from crate_ray.launch.cluster import connect, resolve_scale
+from crate_ray.runs import Lease, RunFolder, State, is_finished
+from crate_ray.training.prepare import prepare_run
+
+POLL_S = 0.2
+EXIT_GRACE_S = 15.0  # for the last report and the teardown of workers, after the checkpoint
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run stands after `launch_training`; `signal` is the one that stopped it, if any."""
+
+    folder: RunFolder
+    config: RunConfig
+    state: State
+    reason: str | None = None
+    was_finished: bool = False
+    signal: int | None = None
+
+
+def launch_training(
+    config: RunConfig,
+    *,
+    kind: str = "train",
+    study: str = "",
+    parent_uid: str | None = None,
+    on_start: Callable[[RunFolder, RunConfig], None] = lambda folder, config: None,
+    on_poll: Callable[[], None] = lambda: None,
+) -> RunOutcome:
+    """Trains one run to its end, or until SIGINT or SIGTERM; resumes what is there.
+
+    Args:
+        config: As loaded.
+        kind: See `runs.open_run`.
+        study: See `runs.open_run`.
+        parent_uid: See `runs.open_run`.
+        on_start: Called once, when the folder is taken and before workers start.
+        on_poll: Called several times a second from the main thread; must return soon.
+
+    Raises:
+        ConfigError: The run cannot start; nothing was written but a new, empty folder.
+    """
+    connect()
+    config = config.model_copy(update={"scale": resolve_scale(config.scale)})
+    device_type = "cuda" if config.scale.use_gpu else "cpu"
+    config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
+    if is_finished(folder):
+        return RunOutcome(folder, config, "FINISHED", was_finished=True)
+    lease = Lease.take(folder)
+    on_start(folder, config)
+    with StopSignals() as signals:
+        fit = _Fit(config, folder, lease.attempt)
+        outcome = _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
+    on_poll()
+    state, reason = outcome
+    lease.end(state, reason)
+    return RunOutcome(folder, config, state, reason, signal=signals.received)
+
+
+def _follow(
+    fit: "_Fit", lease: Lease, signals: "StopSignals", grace_s: float, on_poll: Callable[[], None]
+) -> tuple[State, str | None]:
+    """Waits for the fit, passing a stop on to the workers once."""
+    deadline: float | None = None
+    while fit.is_running():
+        fit.wait(POLL_S)
+        lease.beat()
+        on_poll()
+        if signals.received is not None and deadline is None:
+            fit.stop()
+            deadline = time.monotonic() + grace_s + EXIT_GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            fit.abort()
+            name = signal.Signals(signals.received or signal.SIGTERM).name
+            return "KILLED", f"{name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
+    state, reason = fit.end()
+    if state == "KILLED" and signals.received is not None:
+        reason = f"{signal.Signals(signals.received).name}; a checkpoint was written"
+    return state, reason
+
+
+class StopSignals:
+    """Owns SIGINT and SIGTERM while a run is on; a second SIGINT raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class _Fit:
+    """A TorchTrainer.fit() in a thread."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, attempt: int) -> None:
+        from crate_ray.launch.worker import StopSwitch, train_worker
+
+        self._switch = StopSwitch.remote()  # type: ignore[attr-defined]
+        payload = {
+            "config": config.model_dump(mode="json"),
+            "folder": folder.uri,
+            "attempt": attempt,
+            "switch": self._switch,
+        }
+        # Ray would resume from its own list of checkpoints; ours is the manifests.
+        storage.delete(folder.path("checkpoint_manager_snapshot.json"))
+        self._trainer = _trainer(config, folder, train_worker, payload)
+        self._result: dict[str, Any] | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ray-train-fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._trainer.fit().return_value
+        except BaseException as error:  # noqa: BLE001  handed to the main thread
+            self._error = error
+
+    def is_running(self) -> bool:
+        """Whether the fit has not returned yet."""
+        return self._thread.is_alive()
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits at most this long."""
+        self._thread.join(timeout_s)
+
+    def stop(self) -> None:
+        """Asks the workers for a checkpoint and their return."""
+        self._switch.stop.remote()
+
+    def abort(self) -> None:
+        """Leaves the cluster; Ray ends this driver's actors."""
+        import ray
+
+        ray.shutdown()
+
+    def end(self) -> tuple[State, str | None]:
+        """State and reason, from what rank 0 returned or from the error."""
+        if self._error is not None:
+            return "FAILED", _first_cause(self._error)
+        if self._result is None:
+            return "FAILED", "rank 0 returned nothing"
+        return self._result["state"], self._result["reason"]
+
+
+def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], payload: dict[str, Any]) -> Any:
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
+    from ray.train.v2.api.config import RunConfig as RayRunConfig
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    resources = {"CPU": config.scale.cpus_per_worker}
+    if config.scale.use_gpu:
+        resources["GPU"] = 1
+    return TorchTrainer(
+        worker,
+        train_loop_config=payload,
+        scaling_config=ScalingConfig(
+            num_workers=config.scale.num_workers, use_gpu=bool(config.scale.use_gpu), resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.scale.use_gpu else "gloo"),
+        run_config=RayRunConfig(
+            name=folder.name,
+            storage_path=folder.uri.rsplit("/", 1)[0],
+            failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": {"RAY_ADDRESS": connect()}},
+        ),
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The last line that a person wants: the worker's own exception."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = sorted(failures.items())[0]
+        text = str(cause).strip().splitlines()
+        return f"rank {rank}: {text[-1] if text else type(cause).__name__}"
+    text = str(error).strip().splitlines()
+    return text[-1] if text else type(error).__name__

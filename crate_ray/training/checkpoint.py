@@ -1,0 +1,124 @@
+"""Checkpoints: whole or not there, and never unpickled.
+
+In: model, optimizer, step, cursor. Out: checkpoints/step_NNNNNNNN/ with model.safetensors,
+optimizer.safetensors and, written last, manifest.json with the size and SHA-256 of each file. A folder
+without a manifest, or with a file of another size, is not a checkpoint. The manifests are the only
+truth: nothing else points at a checkpoint.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from crate_ray import storage
+from crate_ray.config import SCHEMA_VERSION, ConfigError
+from crate_ray.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state: where it is and what the loop must know to go on."""
+
+    uri: str
+    step: int
+    cursor: int
+    train_seconds: float
+    files: Mapping[str, Mapping[str, int | str]]
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one file, verified.
+
+        Raises:
+            ConfigError: The bytes are not those that were written.
+        """
+        data = storage.read_bytes(storage.join(self.uri, name))
+        if hashlib.sha256(data).hexdigest() != self.files[name]["sha256"]:
+            raise ConfigError(
+                f"checkpoint file {storage.join(self.uri, name)} is damaged (checksum differs); delete its folder"
+            )
+        return load(data)
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    *,
+    step: int,
+    cursor: int,
+    train_seconds: float,
+    model: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+) -> Checkpoint:
+    """Writes a checkpoint; it exists once its manifest does.
+
+    Raises:
+        OSError: The store refuses; what was there before is untouched.
+    """
+    uri = folder.path("checkpoints", f"step_{step:08d}")
+    files: dict[str, dict[str, int | str]] = {}
+    for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        storage.write_atomic(storage.join(uri, name), data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {"step": step, "cursor": cursor, "train_seconds": train_seconds, "files": files}
+    folder.write_json(f"checkpoints/step_{step:08d}/manifest.json", body)
+    return Checkpoint(uri, step, cursor, train_seconds, files)
+
+
+def list_checkpoints(folder: RunFolder) -> list[Checkpoint]:
+    """Whole checkpoints, oldest first.
+
+    Raises:
+        ConfigError: A checkpoint of a newer format than this program reads.
+    """
+    found = []
+    for name in storage.list_dir(folder.path("checkpoints")):
+        manifest = folder.read_json(f"checkpoints/{name}/manifest.json") if name.startswith("step_") else None
+        if manifest is None:
+            continue
+        if manifest["schema_version"] > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{folder.path('checkpoints', name)} has format {manifest['schema_version']}, this program reads up to "
+                f"{SCHEMA_VERSION}; install a newer crate-ray"
+            )
+        uri = folder.path("checkpoints", name)
+        if _is_whole(uri, manifest):
+            values = (manifest["step"], manifest["cursor"], manifest["train_seconds"], manifest["files"])
+            found.append(Checkpoint(uri, *values))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint, or None."""
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def prune_checkpoints(folder: RunFolder, *, keep_last: int) -> None:
+    """Deletes all but the newest; the manifest goes first, so that a half-deleted one is none."""
+    for checkpoint in list_checkpoints(folder)[:-keep_last]:
+        storage.delete(storage.join(checkpoint.uri, "manifest.json"))
+        storage.delete(checkpoint.uri)
+
+
+def _is_whole(uri: str, manifest: Mapping[str, Any]) -> bool:
+    for name, expected in manifest["files"].items():
+        try:
+            actual = storage.size(storage.join(uri, name))
+        except FileNotFoundError:
+            actual = -1
+        if actual != expected["bytes"]:
+            log.warning(
+                "%s/%s has %d bytes instead of %d; this checkpoint is passed over", uri, name, actual, expected["bytes"]
+            )
+            return False
+    return True

@@ -1,0 +1,110 @@
+"""What the loop measures on validation shards: the loss under fixed masks, and kNN.
+
+Every rank takes a slice of the images; sums and features are gathered, so the numbers do not depend
+on the number of workers. Masks are drawn from (seed 0, sample), the same for every run and every step.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from crate_ray.config import RunConfig
+from crate_ray.data import ShardIndex, load_index, read_all
+from crate_ray.evaluation.features import Features, extract_features
+from crate_ray.evaluation.probes import knn_top1
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.training.precision import autocast
+from crate_ray.training.step import Normalise
+
+EVAL_BATCH = 256
+
+
+class Evaluator:
+    """Validation loss and kNN of one run.
+
+    Args:
+        config: Names the shards, image size and mask ratio.
+        rank: This worker.
+        world_size: Workers that share the work; each must call the same methods.
+    """
+
+    def __init__(self, config: RunConfig, *, rank: int, world_size: int, precision: str) -> None:
+        assert config.data.eval is not None
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._precision = precision
+        self._eval_index = load_index(config.data.eval)
+        self._eval_ids = _spread(self._eval_index.num_samples, config.eval.max_images)
+        self._train_index: ShardIndex | None = None
+
+    @torch.inference_mode()
+    def loss(self, model: MaskedAutoencoder) -> float:
+        """Mean loss on masked patches over the validation images."""
+        device = next(model.parameters()).device
+        normalise = Normalise(self._config.data.mean, self._config.data.std).to(device)
+        totals = torch.zeros(2, dtype=torch.float64)
+        model.eval()
+        for batch in self._read(self._config.data.eval, self._eval_ids, noise=True):
+            assert batch.noise_BN is not None
+            with autocast(self._precision, device):
+                losses = model.losses(normalise(batch.images_BCHW.to(device)), batch.noise_BN.to(device))
+            weights = batch.weights_B.double()
+            totals += torch.stack([(losses.double().cpu() * weights).sum(), weights.sum()])
+        model.train()
+        if self._world_size > 1:
+            totals = _all_reduce(totals, device)
+        return float(totals[0] / totals[1])
+
+    def knn(self, model: MaskedAutoencoder) -> float | None:
+        """Accuracy of kNN for validation images among labelled training images; None without labels."""
+        if self._train_index is None:
+            self._train_index = load_index(self._config.data.train)
+        if self._train_index.labels.min() < 0 or self._eval_index.labels.min() < 0:
+            return None
+        train_ids = _spread(self._train_index.num_samples, self._config.eval.knn_images)
+        model.eval()
+        bank = self._features(model, self._config.data.train, train_ids)
+        queries = self._features(model, self._config.data.eval, self._eval_ids)
+        model.train()
+        return knn_top1(
+            torch.from_numpy(bank.mean_ND),
+            torch.from_numpy(bank.labels_N),
+            torch.from_numpy(queries.mean_ND),
+            torch.from_numpy(queries.labels_N),
+        )
+
+    def _features(self, model: MaskedAutoencoder, url: str | None, ids: np.ndarray) -> Features:
+        device = next(model.parameters()).device
+        data = self._config.data
+        mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
+        if self._world_size == 1:
+            return mine
+        parts: list[Features] = [mine] * self._world_size
+        dist.all_gather_object(parts, mine)
+        return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("mean_ND", "cls_ND", "labels_N")))
+
+    def _read(self, url: str | None, ids: np.ndarray, *, noise: bool):  # type: ignore[no-untyped-def]
+        assert url is not None
+        config = self._config
+        return read_all(
+            url,
+            batch_size=EVAL_BATCH,
+            image_size=config.model.image_size,
+            num_loaders=config.data.num_loaders,
+            sample_ids=ids[self._rank :: self._world_size],
+            noise_size=config.model.num_patches if noise else 0,
+        )
+
+
+def _spread(num_samples: int, wanted: int | None) -> np.ndarray:
+    """Sample ids: all of them, or `wanted` of them evenly over the index."""
+    if wanted is None or wanted >= num_samples:
+        return np.arange(num_samples)
+    return np.linspace(0, num_samples - 1, wanted).astype(np.int64)
+
+
+def _all_reduce(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    on_device = values.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()

@@ -1,0 +1,304 @@
+"""The training loop, written once for a plain process, a Ray Train worker and a Tune trial.
+
+In: a RunConfig, its folder and a WorkerContext. Out: records, checkpoints and final numbers in the run
+folder; the return value only says how it ended. The loop knows neither ray nor mlflow.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from crate_ray.config import RunConfig
+from crate_ray.data import Reader, load_index, open_reader
+from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.models.cost import count_parameters, training_flops_per_image
+from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext
+from crate_ray.training.checkpoint import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    latest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from crate_ray.training.evaluate import Evaluator
+from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
+from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
+from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
+from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep
+from crate_ray.training.throughput import Throughput, peak_memory_gib
+
+log = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or its gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How a worker's loop ended."""
+
+    state: Literal["FINISHED", "KILLED"]
+    step: int
+
+
+class LocalContext:
+    """One worker in this process; `stop()` may be called from a signal handler or another thread."""
+
+    rank = 0
+    world_size = 1
+    local_rank = 0
+
+    def __init__(self, attempt: int = 1) -> None:
+        self.attempt = attempt
+        self._stop = False
+
+    def stop(self) -> None:
+        """Asks the loop to write a checkpoint and return."""
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """See WorkerContext."""
+        return self._stop
+
+    def checkpoint_written(self, step: int, uri: str) -> None:
+        """See WorkerContext."""
+
+    def heartbeat(self, step: int) -> None:
+        """See WorkerContext."""
+
+
+def run_training(config: RunConfig, folder: RunFolder, context: WorkerContext) -> LoopResult:
+    """Trains until the last step or a stop, from the newest checkpoint of the folder.
+
+    Args:
+        config: The resolved configuration, the same on every rank.
+        folder: The run; rank 0 alone writes records, all may read.
+        context: This worker. With more than one, torch.distributed is initialised already.
+
+    Raises:
+        TrainingDivergedError: A loss or gradient is not finite.
+        ConfigError: The data or a checkpoint cannot be read.
+    """
+    trainer = Trainer(config, folder, context)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """The state of one attempt on one rank."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, context: WorkerContext) -> None:
+        self.config, self.folder, self.context = config, folder, context
+        self.device = choose_device(config.scale.use_gpu, context.local_rank)
+        self.precision = resolve_precision(config.train.precision, self.device.type)
+        self.num_samples = load_index(config.data.train).num_samples
+        self.total = total_steps(config, self.num_samples)
+        self.warmup = warmup_steps(config, self.num_samples)
+        self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
+        make_deterministic(config)
+        model = create_model(config.model)
+        assert isinstance(model, MaskedAutoencoder)
+        self.model = model.to(self.device)
+        self.optimizer = create_optimizer(self.model, config.optimizer, lr=self.peak_lr)
+        restored = self._restore()
+        self.step = restored.step if restored else 0
+        self.train_seconds = restored.train_seconds if restored else 0.0
+        self.reader = self._open_reader(restored.cursor if restored else 0)
+        self.train_step = TrainStep(self.model, self.optimizer, config, precision=self.precision, world_size=context.world_size)
+        self.evaluator = (
+            Evaluator(config, rank=context.rank, world_size=context.world_size, precision=self.precision)
+            if config.data.eval
+            else None
+        )
+        self.sink: MetricSink = RecordWriter(folder, context.attempt) if context.rank == 0 else NullSink()
+        self.throughput = Throughput(config.train.global_batch)
+        self.is_stopping = False
+        self.is_saving = False
+        self._pending: deque[PendingOutcome] = deque()
+        self._outcomes: list[StepOutcome] = []
+        self._eval_loss: float | None = None
+        self._saved_step = self.step if restored else -1
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> Checkpoint | None:
+        checkpoint = latest_checkpoint(self.folder)
+        if checkpoint is None:
+            return None
+        self.model.load_state_dict(checkpoint.read(MODEL_FILE))
+        restore_optimizer(self.model, self.optimizer, checkpoint.read(OPTIMIZER_FILE))
+        log.info("resuming %s from step %d", self.folder.name, checkpoint.step)
+        return checkpoint
+
+    def _open_reader(self, cursor: int) -> Reader:
+        data, context = self.config.data, self.context
+        return open_reader(
+            data.train,
+            global_batch=self.config.train.global_batch,
+            rank=context.rank,
+            world_size=context.world_size,
+            seed=self.config.train.seed,
+            cursor=cursor,
+            lanes=data.lanes,
+            window=data.window,
+            num_loaders=data.num_loaders,
+            image_size=self.config.model.image_size,
+            augment=data.augment,
+            crop_scale=data.crop_scale,
+            flip=data.flip,
+            noise_size=self.config.model.num_patches,
+            max_pixels=data.max_pixels,
+            on_error=data.on_error,
+            max_replaced_fraction=data.max_replaced_fraction,
+        )
+
+    def run(self) -> LoopResult:
+        """The loop."""
+        if self.step == self.total:  # stopped between the last checkpoint and the final numbers
+            self._evaluate()
+        while self.step < self.total and not self.is_stopping:
+            started = time.perf_counter()
+            batch = next(self.reader)
+            wait_s = time.perf_counter() - started
+            lr = self._learning_rate()
+            pending = self.train_step(batch, lr=lr, stop=self.context.stop_requested(), save=self._is_save_time())
+            self.step += 1
+            self._settle(pending)
+            self.train_seconds += self.throughput.step_done(wait_s)
+            self.context.heartbeat(self.step)
+            if self._is_due(self.config.eval.log_every_steps):
+                self._log(lr)
+            self._evaluate()
+            if self.is_saving or self._is_due(self.config.checkpoint.every_steps, at_end=False):
+                self._save()
+        self._save()
+        if self.step < self.total:
+            return LoopResult("KILLED", self.step)
+        self._write_final()
+        return LoopResult("FINISHED", self.step)
+
+    def close(self) -> None:
+        """Stops the loader threads and flushes the records."""
+        self.reader.close()
+        self.sink.close()
+
+    def _learning_rate(self) -> float:
+        fraction = self.config.schedule.final_lr_fraction
+        return learning_rate(self.step, total=self.total, warmup=self.warmup, peak=self.peak_lr, final_fraction=fraction)
+
+    def _is_due(self, every_steps: int | None, *, at_end: bool = True) -> bool:
+        if at_end and self.step == self.total:
+            return True
+        return every_steps is not None and self.step % every_steps == 0
+
+    def _is_save_time(self) -> bool:
+        """Rank 0's clock decides; the others follow its vote."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.context.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _settle(self, pending: PendingOutcome) -> None:
+        """Reads outcomes one step late on a GPU, so that it is never waited for; at once where a number is due.
+
+        All ranks read the same outcomes at the same step, so they agree on every vote.
+        """
+        self._pending.append(pending)
+        self._read_outcomes(lag=1 if self.device.type == "cuda" and not self._is_due(self.config.eval.log_every_steps) else 0)
+
+    def _read_outcomes(self, *, lag: int) -> None:
+        while len(self._pending) > lag:
+            outcome = self._pending.popleft().read()
+            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+                raise TrainingDivergedError(
+                    f"loss {outcome.loss} and gradient norm {outcome.grad_norm} at step "
+                    f"{self.step - len(self._pending)}; the last checkpoint is from before it. "
+                    "Lower optimizer.lr or set train.clip_norm"
+                )
+            self._outcomes.append(outcome)
+            self.is_stopping = self.is_stopping or outcome.stop
+            self.is_saving = self.is_saving or outcome.save
+
+    def _log(self, lr: float) -> None:
+        outcomes, self._outcomes = self._outcomes, []
+        values = {
+            "train/loss": sum(o.loss for o in outcomes) / len(outcomes),
+            "train/grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
+            "train/lr": lr,
+            "data/epoch": self.reader.state_dict()["cursor"] / self.num_samples,
+            "data/replaced_samples": self.reader.replaced_samples,
+            "memory/peak_gib": peak_memory_gib(self.device),
+            **self.throughput.window(),
+        }
+        self.sink.write(self.step, values)
+
+    def _evaluate(self) -> None:
+        """Validation loss and kNN where they are due; both at the end."""
+        if self.evaluator is None:
+            return
+        values: dict[str, float] = {}
+        if self._is_due(self.config.eval.every_steps):
+            values["eval/loss"] = self.evaluator.loss(self.model)
+            self._eval_loss = values["eval/loss"]
+        if self._is_due(self.config.eval.probe_every_steps):
+            top1 = self.evaluator.knn(self.model)
+            if top1 is not None:
+                values["eval/knn_top1"] = top1
+        if values:
+            self.sink.write(self.step, values)
+            self.throughput.resume()
+
+    def _save(self) -> None:
+        if self.step == self._saved_step:
+            return
+        self._read_outcomes(lag=0)  # weights are saved only when their own step is known to be finite
+        folder, context = self.folder, self.context
+        uri = folder.path("checkpoints", f"step_{self.step:08d}")
+        if context.rank == 0:
+            self.sink.flush()
+            save_checkpoint(
+                folder,
+                step=self.step,
+                cursor=self.reader.state_dict()["cursor"],
+                train_seconds=self.train_seconds,
+                model=self.model.state_dict(),
+                optimizer=optimizer_tensors(self.model, self.optimizer),
+            )
+            prune_checkpoints(folder, keep_last=self.config.checkpoint.keep_last)
+        self._saved_step, self._saved_at, self.is_saving = self.step, time.monotonic(), False
+        context.checkpoint_written(self.step, uri)
+        self.throughput.resume()
+
+    def _write_final(self) -> None:
+        """The numbers that comparisons use, rounded to four digits, once."""
+        if self.context.rank != 0:
+            return
+        parameters = count_parameters(self.config.model)
+        flops = training_flops_per_image(self.config.model)
+        images = self.step * self.config.train.global_batch
+        values = {
+            "final/params_m": parameters.trainable / 1e6,
+            "final/encoder_params_m": parameters.encoder / 1e6,
+            "final/gflops": flops / 3 / 1e9,
+            "final/train_pflops": flops * images / 1e15,
+            "final/train_hours": self.train_seconds / 3600,
+        }
+        if self._eval_loss is not None:
+            values["final/eval_loss"] = self._eval_loss
+        if self.throughput.images_per_s is not None:
+            values["final/images_per_s"] = self.throughput.images_per_s
+        write_final(self.folder, self.sink, self.step, values)
+
+
+def write_final(folder: RunFolder, sink: MetricSink, step: int, values: Mapping[str, float]) -> None:
+    """Adds final values to the run: in final.json and as a record, with four significant digits."""
+    rounded = {key: float(f"{value:.4g}") for key, value in values.items()}
+    held = folder.read_json("final.json") or {"values": {}}
+    folder.write_json("final.json", {**held, "values": {**held["values"], **rounded}})
+    sink.write(step, rounded)
+    sink.flush()

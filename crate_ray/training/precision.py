@@ -1,0 +1,60 @@
+"""Device and precision of a worker, chosen once and written down."""
+
+import logging
+import shutil
+import sys
+
+import torch
+
+from crate_ray.config import ConfigError, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(use_gpu: bool | str, local_rank: int) -> torch.device:
+    """The worker's device.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none.
+    """
+    if use_gpu is True and not torch.cuda.is_available():
+        raise ConfigError(
+            "scale.use_gpu = true, but this worker sees no CUDA device; set it to auto or false, or use a GPU node"
+        )
+    if use_gpu is False or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def resolve_precision(precision: str, device_type: str) -> str:
+    """`auto` becomes bfloat16 where the device multiplies it in hardware, else float32.
+
+    That is a GPU, or a CPU with AMX or the AVX-512 bf16 instructions: docs/numerics.md has the measurement.
+    """
+    if precision != "auto":
+        return precision
+    if device_type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of forward passes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs; warns once when it has not."""
+    if device.type == "cuda":
+        return True
+    if sys.platform != "win32" and any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return True
+    log.warning("train.compile = true needs a C++ compiler (g++ or clang++) on a CPU and none is installed; running uncompiled")
+    return False
+
+
+def make_deterministic(config: RunConfig) -> None:
+    """Seeds torch, and asks for deterministic kernels where the recipe wants them."""
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)

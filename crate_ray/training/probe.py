@@ -1,0 +1,165 @@
+"""Judging a run: its encoder, the same seed's untrained encoder, and raw pixels, by one protocol.
+
+In: a run folder with a checkpoint. Out: `final/` values in the folder and a report beside them. The
+protocol is evaluation's; this file brings shards, checkpoints and models to it. Configurations are
+chosen with split = validation; split = test is read for the final comparison alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.data import load_index, read_all
+from crate_ray.evaluation.features import Features, extract_features, raw_pixels
+from crate_ray.evaluation.intervals import Interval, paired_gain
+from crate_ray.evaluation.probes import PROBE_PROTOCOL, Judgement, Rows, judge, linear_probe
+from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.runs import RecordWriter, RunFolder, read_status
+from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
+from crate_ray.training.loop import write_final
+from crate_ray.training.precision import choose_device
+
+Split = Literal["validation", "test"]
+READ_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run's encoder beside its control, on one split."""
+
+    split: Split
+    trained: Judgement
+    control: Judgement
+    gain: Interval
+
+
+def probe_run(folder: RunFolder, *, split: Split = "validation") -> Verdict:
+    """Judges the newest checkpoint of a run, and records the result in its folder.
+
+    Raises:
+        ConfigError: No checkpoint, or the split is missing or without labels.
+    """
+    config = folder.read_config()
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(f"run '{folder.name}' has no checkpoint to probe; train it first")
+    verdict = judge_encoder(config, checkpoint, split=split)
+    _record(folder, checkpoint.step, verdict)
+    return verdict
+
+
+def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
+    """Judges a checkpoint and the untrained encoder of the same seed."""
+    model = untrained(config)
+    control = _judge(model, config, split)
+    model.load_state_dict(checkpoint.read(MODEL_FILE))
+    trained = _judge(model, config, split)
+    sources = load_index(_url(config, split)).sources
+    gain = paired_gain(trained.mean_token.correct_Q, control.mean_token.correct_Q, sources)
+    return Verdict(split, trained, control, gain)
+
+
+def untrained(config: RunConfig) -> MaskedAutoencoder:
+    """The model as the run's first step found it."""
+    torch.manual_seed(config.train.seed)
+    model = create_model(config.model)
+    assert isinstance(model, MaskedAutoencoder)
+    return model.to(choose_device("auto", 0))
+
+
+def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
+    """Accuracy of the linear probe on pixels: what needs no model at all."""
+
+    def rows(which: Literal["train"] | Split) -> Rows:
+        url = _url(config, which)
+        pixels, labels = raw_pixels(_read(config, url))
+        return Rows(pixels, labels, load_index(url).sources)
+
+    return linear_probe(rows("train"), rows("validation"), rows(split)).top1
+
+
+def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgement:
+    def features(which: Literal["train"] | Split) -> tuple[Features, NDArray[Any]]:
+        url = _url(config, which)
+        device = next(model.parameters()).device
+        batches = _read(config, url)
+        found = extract_features(model, batches, mean=config.data.mean, std=config.data.std, device=device)
+        return found, np.asarray(load_index(url).sources)
+
+    train, train_sources = features("train")
+    validation, validation_sources = features("validation")
+    judged, judged_sources = (validation, validation_sources) if split == "validation" else features("test")
+    return judge(
+        train,
+        validation,
+        judged,
+        train_sources=train_sources,
+        validation_sources=validation_sources,
+        judged_sources=judged_sources,
+    )
+
+
+def _read(config: RunConfig, url: str):  # type: ignore[no-untyped-def]
+    return read_all(url, batch_size=READ_BATCH, image_size=config.model.image_size, num_loaders=config.data.num_loaders)
+
+
+def _url(config: RunConfig, which: Literal["train"] | Split) -> str:
+    key = {"train": "train", "validation": "eval", "test": "test"}[which]
+    url = getattr(config.data, key)
+    if url is None:
+        raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}")
+    return str(url)
+
+
+def final_values(verdict: Verdict) -> dict[str, float]:
+    """The verdict in the names of the records."""
+    trained, control = verdict.trained, verdict.control
+    values = {
+        "final/probe_top1": trained.mean_token.top1.value,
+        "final/probe_top1_gain": verdict.gain.value,
+        "final/control_top1": control.mean_token.top1.value,
+        "final/cls_top1": trained.cls_token.top1.value,
+        "final/knn_top1": trained.knn_top1,
+    }
+    for per_class, result in trained.few_labels.items():
+        if result is not None:
+            values[f"final/fewshot{per_class}_top1"] = result.mean
+    if trained.few_labels.get(10) is not None:
+        values["final/fewshot_top1"] = values["final/fewshot10_top1"]
+    return values
+
+
+def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
+    status = read_status(folder)
+    writer = RecordWriter(folder, status.attempt if status else 1)
+    try:
+        write_final(folder, writer, step, final_values(verdict))
+    finally:
+        writer.close()
+    folder.write_json(
+        f"probe_{verdict.split}.json",
+        {
+            "split": verdict.split,
+            "protocol": PROBE_PROTOCOL,
+            "step": step,
+            "values": final_values(verdict),
+            **_intervals(verdict),
+        },
+    )
+
+
+def _intervals(verdict: Verdict) -> dict[str, Any]:
+    def triple(interval: Interval) -> list[float]:
+        return [interval.value, interval.low, interval.high]
+
+    return {
+        "probe_top1": triple(verdict.trained.mean_token.top1),
+        "cls_top1": triple(verdict.trained.cls_token.top1),
+        "control_top1": triple(verdict.control.mean_token.top1),
+        "gain": triple(verdict.gain),
+        "chosen_c": verdict.trained.mean_token.chosen_c,
+    }

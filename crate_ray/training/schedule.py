@@ -1,0 +1,43 @@
+"""Length and learning rate of a run, as pure functions of the step."""
+
+import math
+
+from crate_ray.config import RunConfig
+
+
+def total_steps(config: RunConfig, num_samples: int) -> int:
+    """Optimizer steps of the run; epochs are counted in images seen, rounded up to a whole step."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch))
+
+
+def warmup_steps(config: RunConfig, num_samples: int) -> int:
+    """Steps of linear warm-up; 5% of the run where the recipe names none."""
+    schedule = config.schedule
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    if schedule.warmup_epochs is not None:
+        return round(schedule.warmup_epochs * num_samples / config.train.global_batch)
+    return total_steps(config, num_samples) // 20
+
+
+def learning_rate(step: int, *, total: int, warmup: int, peak: float, final_fraction: float = 0.0) -> float:
+    """Learning rate of the update number `step`, counted from 0.
+
+    Linear from peak / warmup to the peak, then a half cosine that reaches peak * final_fraction
+    after the last update.
+
+    Args:
+        step: Update number, 0 <= step < total.
+        total: Updates of the run.
+        warmup: Updates of warm-up.
+        peak: Rate after warm-up.
+        final_fraction: Share of the peak at the end.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (final_fraction + (1 - final_fraction) * cosine)

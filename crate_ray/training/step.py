@@ -1,0 +1,167 @@
+"""One optimizer step over a global batch that several workers share.
+
+In: a worker's rows of the global batch, padded to a static shape with rows of weight 0. Out: updated
+weights, and the loss of the *global* batch. The gradient is the weighted sum over all B rows divided
+by B, whatever the number of workers and micro-batches: DistributedDataParallel averages over W ranks,
+so each rank's sum is scaled by W / B.
+
+Shapes: B global batch, M rows of this worker, C x H x W image, N patches.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from crate_ray.config import RunConfig
+from crate_ray.data import Batch
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.training.precision import autocast, can_compile
+
+
+class Normalise(nn.Module):
+    """uint8 pixels to the model's input: (x / 255 - mean) / std, a channel at a time."""
+
+    multiplier: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        scale = torch.tensor(std).view(1, -1, 1, 1)
+        self.register_buffer("multiplier", 1 / (255 * scale), persistent=False)
+        self.register_buffer("offset", -torch.tensor(mean).view(1, -1, 1, 1) / scale, persistent=False)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) uint8 to float32."""
+        return images_BCHW.float() * self.multiplier + self.offset
+
+
+class WeightedLoss(nn.Module):
+    """Pixels, mask noise and row weights to one scalar: what is compiled and replicated."""
+
+    def __init__(self, model: MaskedAutoencoder, normalise: Normalise) -> None:
+        super().__init__()
+        self.model = model
+        self.normalise = normalise
+
+    def forward(self, images_MCHW: torch.Tensor, noise_MN: torch.Tensor, weights_M: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of weight times loss."""
+        losses_M = self.model.losses(self.normalise(images_MCHW), noise_MN)
+        return (losses_M.float() * weights_M).sum()
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Loss of the global batch, norm of its gradient, and whether any rank voted to stop or to save."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+    save: bool
+
+
+class TrainStep:
+    """Forward, backward, all-reduce, clipping and update.
+
+    Args:
+        model: On its device already, weights set.
+        optimizer: Of this model's parameters.
+        config: Batch sizes, precision, clipping, compilation.
+        precision: The resolved precision.
+        world_size: Workers; more than one needs an initialised process group.
+    """
+
+    def __init__(
+        self, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, config: RunConfig, *, precision: str, world_size: int
+    ) -> None:
+        self.device = next(model.parameters()).device
+        self._optimizer = optimizer
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._precision = precision
+        self._world_size = world_size
+        self._scale = world_size / config.train.global_batch
+        self._micro_batch = config.train.micro_batch
+        self._clip_norm = config.train.clip_norm
+        loss = WeightedLoss(model, Normalise(config.data.mean, config.data.std)).to(self.device)
+        if config.train.compile and can_compile(self.device):
+            loss.compile()
+        self._module: nn.Module = loss
+        if world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._module = DistributedDataParallel(
+                loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def __call__(self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False) -> "PendingOutcome":
+        """Runs one update.
+
+        Args:
+            batch: This worker's rows.
+            lr: Learning rate of this update.
+            stop: This rank's vote to stop; votes travel with the loss, in the same all-reduce.
+            save: This rank's vote to write a checkpoint.
+
+        Returns:
+            The step's numbers, read later so that a GPU need not be waited for.
+        """
+        loss = self._backward(batch)
+        grad_norm = self._clip()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        votes = torch.tensor([float(stop), float(save)]).to(self.device, non_blocking=True)
+        shared = torch.cat([(loss / self._world_size).view(1), votes])
+        if self._world_size > 1:
+            dist.all_reduce(shared)
+        return PendingOutcome(shared, grad_norm)
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        assert batch.noise_BN is not None
+        rows = batch.images_BCHW.shape[0]
+        size = min(self._micro_batch or rows, rows)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            images, noise, weights = (
+                tensor[part].to(self.device, non_blocking=True)
+                for tensor in (batch.images_BCHW, batch.noise_BN, batch.weights_B)
+            )
+            is_last = start + size >= rows
+            with self._accumulating(is_last), autocast(self._precision, self.device):
+                loss = self._module(images, noise, weights) * self._scale
+            with self._accumulating(is_last):
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _accumulating(self, is_last: bool) -> "nullcontext[None]":
+        """Only the last micro-batch communicates gradients."""
+        if is_last or self._world_size == 1:
+            return nullcontext()
+        return cast("nullcontext[None]", cast(DistributedDataParallel, self._module).no_sync())
+
+    def _clip(self) -> torch.Tensor:
+        """Norm of the whole gradient before clipping."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        return norm
+
+
+class PendingOutcome:
+    """A step's numbers, which the device may still be computing."""
+
+    def __init__(self, shared: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        self._shared = shared
+        self._grad_norm = grad_norm
+
+    def read(self) -> StepOutcome:
+        """Waits for the step."""
+        loss, stops, saves = self._shared.tolist()
+        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0)
