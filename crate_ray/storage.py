@@ -59,7 +59,7 @@ def absolute(uri: str) -> str:
 
 def join(uri: str, *parts: str) -> str:
     """Appends path components with single slashes."""
-    return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)]) or "/"
 
 
 def open_store(uri: str) -> tuple[fs.FileSystem, str]:
