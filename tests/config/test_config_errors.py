@@ -1,0 +1,116 @@
+"""A wrong configuration is refused with one message: the key, the value, what is valid, the fix."""
+
+import pytest
+
+from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
+
+TINY = {"family": "vit", "image_size": 32, "patch_size": 4, "width": 16, "num_heads": 2, "encoder_depth": 2}
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load("digits_mae", overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "suggestion", "valid"),
+    [
+        ("trian.steps=3", "trian", "train", "checkpoint, data, eval"),
+        ("train.step=3", "train.step", "steps", "clip_norm, compile"),
+        ("model.widht=16", "model.widht", "width", "block_norm_eps"),
+        ("eval.probe_every=5", "eval.probe_every", "probe_every_steps", "every_steps"),
+        ("scale.num_worker=2", "scale.num_worker", "num_workers", "cpus_per_worker"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_and_all_valid_ones(
+    override: str, key: str, suggestion: str, valid: str
+) -> None:
+    message = refusal(override)
+    assert f"{key}: unknown key (did you mean '{suggestion}'?)" in message
+    assert valid in message
+
+
+def test_an_unknown_key_without_a_near_one_gets_no_suggestion() -> None:
+    assert "did you mean" not in refusal("train.qqqqqqq=1")
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    message = refusal("train.seed=-1", "scale.num_workers=0", "train.foo=1")
+    assert all(key in message for key in ("train.seed", "scale.num_workers", "train.foo"))
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits_crate_mae'"):
+        RunConfig.load("digits_crate_mea")
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'crate_mae_base'"):
+        ModelConfig.parse({"preset": "crate_mae_bse"})
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", "train.steps.x=3", "train.steps=[1"])
+def test_an_override_that_is_no_assignment_is_refused_with_its_text(override: str) -> None:
+    assert f"--set {override}" in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["optimizer.lr=null"], "give exactly one of optimizer.lr"),
+        (["train.steps=null"], "give exactly one of train.steps and train.epochs"),
+        (["scale.num_workers=129"], "use at most 128 workers"),
+        (["data.crop_scale=[0.5, 0.2]"], "smallest <= largest"),
+        (["model.num_classes=10"], "leave it out"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused_with_the_fix(overrides: list[str], advice: str) -> None:
+    assert advice in refusal(*overrides)
+
+
+def test_a_refusal_of_a_section_does_not_repeat_the_whole_section() -> None:
+    message = refusal("model.num_heads=3")
+    assert "model: width = 128 is not divisible by num_heads = 3" in message
+    assert "'encoder_depth'" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"num_heads": 3}, "valid head counts: 1, 2, 4, 8, 16"),
+        ({"patch_size": 5}, "use an image size of 30"),
+        ({"width": 18, "num_heads": 2}, "must be a multiple of 4"),
+        ({"encoder_tokens": "all", "decoder_width": 32}, "must equal width = 16"),
+        ({"ista_lambda": [0.1, 0.2, 0.3]}, "ista_lambda has 3 values; give one, or one for each of the 2 layers"),
+        ({"ista_step_size": [0.1]}, "ista_step_size has 1 values"),
+        ({"ista_lambda": -0.1}, "at least 0"),
+        ({"ista_step_size": float("nan")}, "finite"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_refused_with_the_fix(changes: dict[str, object], advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({**TINY, **changes})
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 1.0, 0.9999, -0.5, 1.5])
+def test_a_mask_that_keeps_or_hides_everything_is_refused(mask_ratio: float) -> None:
+    with pytest.raises(ConfigError, match="at least one must be kept and one masked"):
+        ModelConfig.parse({**TINY, "mask_ratio": mask_ratio})
+
+
+@pytest.mark.parametrize("grid", range(2, 33))
+def test_the_mask_ratio_that_the_refusal_proposes_is_accepted(grid: int) -> None:
+    shape = {**TINY, "image_size": 4 * grid}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({**shape, "mask_ratio": 1.0})
+    proposed = float(str(caught.value).rsplit(" ", 1)[-1])
+    assert ModelConfig.parse({**shape, "mask_ratio": proposed}).num_kept >= 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_whole_model(preset: str) -> None:
+    config = ModelConfig.parse({"preset": preset})
+    assert all(value is not None for key, value in config.model_dump().items() if key != "num_classes")
+    assert len(config.per_layer("ista_lambda")) == config.encoder_depth

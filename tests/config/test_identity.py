@@ -1,0 +1,103 @@
+"""Which keys make another run of it, and which only change how the same run is carried out."""
+
+import pytest
+
+from crate_ray.config import RunConfig, compare_parts, digest, fingerprint, flatten, resume_parts, run_name
+
+DATA = "0" * 64
+
+# Everything that may change while a run goes on. Every other key of RunConfig is part of the run's identity.
+FREE = {
+    "name",
+    "recipe",
+    "data.train",
+    "data.eval",
+    "data.test",
+    "data.num_loaders",
+    "data.max_pixels",
+    "data.on_error",
+    "data.max_replaced_fraction",
+    "train.micro_batch",
+}
+FREE_SECTIONS = {"eval", "checkpoint", "scale", "storage", "tracking"}
+
+
+def identity(*overrides: str) -> str:
+    return digest(resume_parts(RunConfig.load("digits_crate_mae", overrides), DATA))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=mine",
+        "scale.num_workers=4",
+        "scale.use_gpu=true",
+        "scale.max_failures=0",
+        "storage.path=s3://bucket/runs",
+        "tracking.uri=http://mlflow:5000",
+        "tracking.experiment=crate-mae/other",
+        "eval.every_steps=7",
+        "eval.probe_every_steps=null",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep_last=9",
+        "data.num_loaders=0",
+        "data.train=/elsewhere/train",
+        "data.on_error=raise",
+        "train.micro_batch=2",
+    ],
+)
+def test_how_a_run_is_carried_out_does_not_change_its_identity(override: str) -> None:
+    assert identity(override) == identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.width=64",
+        "model.ista_step_size=0.2",
+        "model.ista_lambda=[0.5, 0.5, 0.5, 0.4]",
+        "model.mask_ratio=0.5",
+        "model.norm_pix_loss=true",
+        "data.lanes=32",
+        "data.window=16",
+        "data.augment=random_resized_crop",
+        "data.mean=[0.4, 0.5, 0.5]",
+        "optimizer.lr=1e-3",
+        "optimizer.weight_decay=0",
+        "optimizer.betas=[0.9, 0.99]",
+        "schedule.warmup_steps=10",
+        "schedule.final_lr_fraction=0.1",
+        "train.steps=601",
+        "train.global_batch=64",
+        "train.seed=1",
+        "train.precision=float32",
+        "train.clip_norm=null",
+    ],
+)
+def test_what_decides_the_numbers_changes_the_identity(override: str) -> None:
+    assert identity(override) != identity()
+
+
+def test_every_key_is_either_identity_or_known_to_be_free() -> None:
+    config = RunConfig.load("digits_crate_mae")
+    keys = {key for key in flatten(config.model_dump(mode="json")) if key.split(".")[0] not in FREE_SECTIONS}
+    assert keys - resume_parts(config, DATA).keys() == FREE
+    assert resume_parts(config, DATA).keys() - keys == {"data.digest"}
+
+
+def test_other_data_are_another_run() -> None:
+    config = RunConfig.load("digits_crate_mae")
+    assert resume_parts(config, "1" * 64) != resume_parts(config, DATA)
+
+
+def test_runs_of_different_models_are_comparable_and_of_different_precision_are_not() -> None:
+    crate, vit = RunConfig.load("digits_crate_mae"), RunConfig.load("digits_mae")
+    assert compare_parts(crate, DATA, "float32") == compare_parts(vit, DATA, "float32")
+    assert compare_parts(crate, DATA, "float32") != compare_parts(crate, DATA, "bfloat16")
+
+
+def test_a_run_without_a_name_is_named_after_recipe_and_identity() -> None:
+    config = RunConfig.load("digits_crate_mae")
+    resume = fingerprint(config, DATA, "float32")["resume"]["digest"]
+    assert run_name(config, resume) == f"digits_crate_mae-{resume[:8]}"
+    assert run_name(RunConfig.load("digits_crate_mae", ["name=mine"]), resume) == "mine"

@@ -1,0 +1,104 @@
+"""Files by URI: whole or not there, and no scheme that runs anything."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from crate_ray import storage
+from crate_ray.config import ConfigError
+
+
+def test_what_is_written_is_read_back_and_folders_come_by_themselves(tmp_path: Path) -> None:
+    uri = storage.join(str(tmp_path), "a", "b", "file.txt")
+    storage.write_atomic(uri, "première\n")
+    assert storage.read_text(uri) == "première\n"
+    assert storage.size(uri) == len("première\n".encode())
+    with storage.open_input(f"file://{uri}") as source:
+        source.seek(5)
+        assert source.read(2) == "è".encode()
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_content_and_no_debris(tmp_path: Path) -> None:
+    uri = str(tmp_path / "status.json")
+    storage.write_atomic(uri, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))  # the kernel refuses what goes past it, as a full disk does
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            storage.write_atomic(uri, b"new" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_dir(str(tmp_path)) == ["status.json"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts", "joined"),
+    [
+        ("/runs", ("a", "b.txt"), "/runs/a/b.txt"),
+        ("/runs/", ("/a/", "b"), "/runs/a/b"),
+        ("/", ("a",), "/a"),
+        ("s3://bucket/runs/", ("a",), "s3://bucket/runs/a"),
+        ("relative", ("a",), "relative/a"),
+    ],
+)
+def test_join_puts_single_slashes(uri: str, parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(uri, *parts) == joined
+
+
+def test_a_local_uri_is_made_absolute_and_a_remote_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/../x") == str(tmp_path / "x")
+    assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize("uri", ["/a", "a", "file:///a"])
+def test_paths_are_local(uri: str) -> None:
+    assert storage.is_local(uri)
+
+
+def test_an_object_store_is_not_local_and_has_no_path() -> None:
+    assert not storage.is_local("s3://bucket/key")
+    with pytest.raises(ValueError, match="not on the local disk"):
+        storage.local_path("s3://bucket/key")
+
+
+@pytest.mark.parametrize("uri", ["pipe:cat shard.tar", "pipe:curl http://x | tar x", "pipe://cat", "http://x/y", "ftp://x/y"])
+def test_a_scheme_that_is_not_a_store_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="never done|not supported"):
+        storage.read_bytes(uri)
+
+
+def test_a_listing_is_sorted_and_that_of_a_missing_folder_is_empty(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        storage.write_atomic(str(tmp_path / name), b"")
+    assert storage.list_dir(str(tmp_path)) == ["a", "b", "c"]
+    assert storage.list_dir(str(tmp_path / "missing")) == []
+
+
+def test_deleting_takes_files_and_whole_folders_and_forgives_missing_ones(tmp_path: Path) -> None:
+    storage.write_atomic(str(tmp_path / "folder" / "deep" / "file"), b"x")
+    storage.write_atomic(str(tmp_path / "file"), b"x")
+    for name in ("folder", "file", "missing"):
+        storage.delete(str(tmp_path / name))
+    assert storage.list_dir(str(tmp_path)) == []
+
+
+def test_missing_files_are_missing_in_every_way_of_asking(tmp_path: Path) -> None:
+    uri = str(tmp_path / "missing")
+    assert not storage.exists(uri)
+    for ask in (storage.read_bytes, storage.size, storage.open_input):
+        with pytest.raises(FileNotFoundError):
+            ask(uri)
+
+
+def test_a_folder_that_can_be_written_passes_the_check_and_stays_clean(tmp_path: Path) -> None:
+    storage.check_writable(str(tmp_path / "new"))
+    assert storage.list_dir(str(tmp_path / "new")) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file where a folder is needed")
+    with pytest.raises(ConfigError, match=r"storage\.path = .*file/runs' cannot be written"):
+        storage.check_writable(str(tmp_path / "file" / "runs"))
