@@ -1,0 +1,85 @@
+"""`crate-ray doctor`: what would fail later, found now.
+
+In: a storage path and a tracking store, both optional. Out: one row a check with what was found and, where something
+is wrong, the fix. Checks that may hang or crash (an import of torch, a store that does not answer) run beside each
+other in processes and threads with a time limit, so that the whole takes seconds. No cluster is started.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from crate_ray.cli import checks
+from crate_ray.cli.arguments import Json
+from crate_ray.cli.checks import Check
+from crate_ray.cli.output import console, print_json
+from crate_ray.config import ConfigError
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_LIMIT_S = 30.0
+
+Storage = Annotated[str, typer.Option("--storage", help="storage.path of the runs to come.")]
+Tracking = Annotated[
+    str | None, typer.Option("--tracking", help="tracking.uri of the runs to come; by default mlflow.db beside them.")
+]
+
+
+def doctor(storage: Storage = "out", tracking: Tracking = None, as_json: Json = False) -> None:
+    """Check this machine for what would fail later; exit code 1 when something will."""
+    found = _run_all(
+        [
+            ("Python", checks.check_python),
+            ("packages", checks.check_packages),
+            ("torch", checks.check_torch),
+            ("C++ compiler", checks.check_compiler),
+            ("machine", checks.check_machine),
+            ("limits", checks.check_limits),
+            ("storage", lambda: checks.check_storage(storage)),
+            ("tracking", lambda: checks.check_tracking(storage, tracking)),
+            ("Ray", checks.check_ray),
+        ]
+    )
+    ok = all(check.state != "fail" for check in found)
+    if as_json:
+        print_json({"ok": ok, "checks": [asdict(check) for check in found]})
+    else:
+        _print(found)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _run_all(named: Sequence[tuple[str, Callable[[], list[Check]]]]) -> list[Check]:
+    """Runs the checks beside each other and gives their rows in order; one that hangs or crashes is a row too."""
+    results: dict[str, list[Check]] = {}
+
+    def run(name: str, check: Callable[[], list[Check]]) -> None:
+        try:
+            results[name] = check()
+        except ConfigError as error:
+            results[name] = [Check(name, "fail", str(error), "give another value")]
+        except Exception as error:  # noqa: BLE001 - a check that crashes is a finding, and the others still count
+            results[name] = [Check(name, "fail", f"the check itself failed: {type(error).__name__}: {error}", "report this")]
+
+    # Daemons, because a thread that hangs in a store's client must not keep this process alive.
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in named]
+    for thread in threads:
+        thread.start()
+    for (name, _), thread in zip(named, threads, strict=True):
+        thread.join(_LIMIT_S)
+        if thread.is_alive():
+            results[name] = [Check(name, "fail", f"no answer within {_LIMIT_S:g} s", "check that what it names can be reached")]
+    return [check for name, _ in named for check in results[name]]
+
+
+def _print(found: Sequence[Check]) -> None:
+    for check in found:
+        state = f"[{_COLOURS[check.state]}]{check.state:<6}[/]"
+        console.print(f"{state}{check.name:<14}{escape(check.found)}", soft_wrap=True)
+        if check.fix:
+            console.print(f"{'':<6}{'':<14}fix: {escape(check.fix)}", soft_wrap=True)
+    failed, warned = (sum(check.state == state for check in found) for state in ("fail", "warn"))
+    console.print(f"{'not ready' if failed else 'ready'}: {len(found)} checks, {failed} failed, {warned} warned")
