@@ -204,7 +204,7 @@ def _disk(free: int) -> Check:
 
 def check_tracking(storage_path: str, uri: str | None) -> list[Check]:
     """Whether MLflow's store answers, and how fast. Runs do not need it, so that a silent server is a warning."""
-    from crate_ray.tracking.client import absolute_uri, database_path, default_uri, first_line, open_client, public_uri
+    from crate_ray.tracking.client import absolute_uri, database_path, default_uri, open_client, public_uri
 
     store = absolute_uri(uri or default_uri(storage_path))
     database = database_path(store)
@@ -221,7 +221,7 @@ def check_tracking(storage_path: str, uri: str | None) -> list[Check]:
     try:
         client.search_experiments(max_results=1)
     except Exception as error:  # noqa: BLE001 - MLflow passes on what its database drivers raise
-        found = f"{public_uri(store)} refuses after {time.monotonic() - start:.1f} s: {first_line(error)}"
+        found = f"{public_uri(store)} refuses after {time.monotonic() - start:.1f} s: {' '.join(str(error).split())[:200]}"
         fix = "check its version and your access to it, or use another store: --set tracking.uri=sqlite:///PATH/mlflow.db"
         return [Check("tracking", "fail" if database else "warn", found, fix)]
     return [Check("tracking", "ok", f"{public_uri(store)} answers ({time.monotonic() - start:.2f} s)")]
