@@ -13,6 +13,7 @@ from crate_ray.evaluation.probes import (
     judge,
     knn_top1,
     linear_probe,
+    raw_pixel_probe,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "knn_top1",
     "linear_probe",
     "paired_gain",
+    "raw_pixel_probe",
     "raw_pixels",
 ]

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 (field names end in their shape)
 """Frozen features: what a probe reads from an encoder.
 
 In: a model with `encode` and an iterable of batches. Out: numpy arrays, one row an image.

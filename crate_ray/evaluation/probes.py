@@ -1,4 +1,3 @@
-# ruff: noqa: N815 (field names end in their shape)
 """Probes: what frozen features know about the classes, by one fixed protocol.
 
 In: features of a training, a validation and a judged split. Out: top-1 accuracies with
@@ -25,13 +24,13 @@ from crate_ray.evaluation.features import Features, FloatArray, LabelArray
 from crate_ray.evaluation.intervals import Interval, accuracy_interval
 
 if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.pipeline import Pipeline
 
 PROBE_PROTOCOL = 1
 C_GRID = (0.01, 0.1, 1.0)
 FEW_LABELS = (10, 50)
 FEW_LABEL_DRAWS = 20
+RAW_ROWS_PER_SOURCE = 4
 KNN_NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 _MAX_ITERATIONS = 20_000
@@ -165,11 +164,50 @@ def linear_probe(train: Rows, validation: Rows, judged: Rows, *, seed: int = 0) 
         judged: Rows the accuracy is measured on.
         seed: Of the bootstrap.
     """
-    fits = _fit_grid(train.features_ND, train.labels_N)
+    return _choose_and_score(train, validation, judged, standardise=True, seed=seed)
+
+
+def _choose_and_score(train: Rows, validation: Rows, judged: Rows, *, standardise: bool, seed: int) -> ProbeResult:
+    fits = _fit_grid(train.features_ND, train.labels_N, standardise=standardise)
     validation_scores = [_correct(fit, validation).mean() for fit in fits]
     best = int(np.argmax(validation_scores))
     correct_Q = _correct(fits[best], judged)
     return ProbeResult(accuracy_interval(correct_Q, judged.sources_N, seed=seed), C_GRID[best], correct_Q)
+
+
+def raw_pixel_probe(
+    train: Rows, validation: Rows, judged: Rows, *, rows_per_source: int = RAW_ROWS_PER_SOURCE, seed: int = 0
+) -> ProbeResult:
+    """The linear probe on pixels: what no encoder at all would score.
+
+    Thousands of correlated pixels make this the slowest probe, so two things shorten it. Pixels that
+    never change are dropped and equal ones (the channels of a grey image) merged; merging k standardised
+    copies into one, scaled by sqrt(k), leaves the solution of an L2-penalised fit unchanged. And it is
+    fitted on the first `rows_per_source` rows of each source image, which does change it.
+
+    Args:
+        train: Pixels the probe is fitted on.
+        validation: Pixels C is chosen on.
+        judged: Pixels the accuracy is measured on.
+        rows_per_source: Training rows kept of each source image.
+        seed: Of the bootstrap.
+    """
+    kept = np.concatenate([rows[:rows_per_source] for rows in _rows_by_source(np.arange(len(train.labels_N)), train.sources_N)])
+    columns, copies = _distinct_columns(train.features_ND[kept])
+    pixels_ND = train.features_ND[kept][:, columns].astype(np.float64)
+    center_D, scale_D = pixels_ND.mean(axis=0), np.sqrt(copies) / pixels_ND.std(axis=0)
+    splits = [
+        Rows(((part.features_ND[:, columns] - center_D) * scale_D).astype(np.float32), part.labels_N, part.sources_N)
+        for part in (Rows(train.features_ND[kept], train.labels_N[kept], train.sources_N[kept]), validation, judged)
+    ]
+    return _choose_and_score(*splits, standardise=False, seed=seed)
+
+
+def _distinct_columns(features_ND: FloatArray) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Columns that vary, one of each set of equal ones, and how many each stands for."""
+    varying = np.flatnonzero(features_ND.max(axis=0) > features_ND.min(axis=0))
+    _, first, copies = np.unique(features_ND[:, varying].T, axis=0, return_index=True, return_counts=True)
+    return varying[first], copies
 
 
 def few_label_probe(
@@ -260,19 +298,19 @@ def knn_top1(
     return hits / len(query)
 
 
-def _fit_grid(features_ND: FloatArray, labels_N: LabelArray) -> "Sequence[tuple[StandardScaler, LogisticRegression]]":
-    """One fitted probe for each C; they share the scaler."""
+def _fit_grid(features_ND: FloatArray, labels_N: LabelArray, *, standardise: bool = True) -> "Sequence[Pipeline]":
+    """One fitted probe for each C."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features_ND.astype(np.float64))
-    scaled_ND = scaler.transform(features_ND.astype(np.float64))
-    return [(scaler, LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(scaled_ND, labels_N)) for c in C_GRID]
+    values_ND = features_ND.astype(np.float64)
+    scaler = StandardScaler(with_mean=standardise, with_std=standardise)
+    return [make_pipeline(scaler, LogisticRegression(C=c, max_iter=_MAX_ITERATIONS)).fit(values_ND, labels_N) for c in C_GRID]
 
 
-def _correct(fit: "tuple[StandardScaler, LogisticRegression]", rows: Rows) -> CorrectArray:
-    scaler, classifier = fit
-    predicted_N: LabelArray = classifier.predict(scaler.transform(rows.features_ND.astype(np.float64)))
+def _correct(fit: "Pipeline", rows: Rows) -> CorrectArray:
+    predicted_N: LabelArray = fit.predict(rows.features_ND.astype(np.float64))
     return np.equal(predicted_N, rows.labels_N)
 
 
@@ -282,8 +320,9 @@ def _smallest_class(rows: Rows) -> int:
     return min(len(np.unique(names_N[rows.labels_N == c])) for c in np.unique(rows.labels_N))
 
 
-def _rows_by_source(rows: NDArray[np.intp], names_N: NDArray[np.str_]) -> list[NDArray[np.intp]]:
-    return [rows[names_N[rows] == name] for name in np.unique(names_N[rows])]
+def _rows_by_source(rows: NDArray[np.intp], sources_N: NDArray[np.generic]) -> list[NDArray[np.intp]]:
+    names = sources_N[rows].astype(str)
+    return [rows[names == name] for name in np.unique(names)]
 
 
 def _on(values: ArrayLike | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
