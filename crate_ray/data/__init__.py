@@ -3,7 +3,7 @@
 from crate_ray.data.build import BuildSummary, build_source
 from crate_ray.data.index import ShardIndex, build_index, load_index, verify_index
 from crate_ray.data.order import SampleOrder, epoch_order, global_batch, rank_slice
-from crate_ray.data.reader import Batch, Reader, open_reader, read_all
+from crate_ray.data.reader import Batch, Reader, open_reader, read_all, read_masks
 
 __all__ = [
     "Batch",
@@ -19,5 +19,6 @@ __all__ = [
     "open_reader",
     "rank_slice",
     "read_all",
+    "read_masks",
     "verify_index",
 ]

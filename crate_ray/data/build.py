@@ -123,7 +123,7 @@ def _write_all(tasks: list[_ShardTask], workers: int | None, progress: Callable[
     """Write the shards, in processes of their own when there are samples enough to pay for starting these."""
     total, done = sum(len(task.items) for task in tasks), 0
     if workers is None:
-        workers = min(len(tasks), len(os.sched_getaffinity(0))) if total >= _SAMPLES_WORTH_A_POOL else 1
+        workers = min(len(tasks), os.cpu_count() or 1) if total >= _SAMPLES_WORTH_A_POOL else 1
     if workers <= 1:
         for task in tasks:
             done += _write(task)

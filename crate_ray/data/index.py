@@ -194,10 +194,13 @@ def build_index(url: str, *, num_classes: int | None = None) -> ShardIndex:
     names = [name for name in storage.list_dir(url) if name.endswith(".tar")]
     if not names:
         raise ConfigError(f"no *.tar shards in {url}; give the folder that holds them (compressed archives are not supported)")
-    scans = [scan_shard(storage.join(url, name), name) for name in names]
-    sample_tables = [pa.Table.from_pylist(rows, schema=_SAMPLES_SCHEMA) for _, rows in scans]
+    shard_rows, sample_tables = [], []
+    for name in names:
+        shard, rows = scan_shard(storage.join(url, name), name)
+        shard_rows.append(shard)
+        sample_tables.append(pa.Table.from_pylist(rows, schema=_SAMPLES_SCHEMA))
     samples = pa.concat_tables(sample_tables).unify_dictionaries().combine_chunks()
-    shards = pa.Table.from_pylist([shard for shard, _ in scans], schema=_SHARDS_SCHEMA)
+    shards = pa.Table.from_pylist(shard_rows, schema=_SHARDS_SCHEMA)
     largest = int(samples["label"].to_numpy().max())
     if num_classes is not None and largest >= num_classes:
         raise ConfigError(

@@ -7,8 +7,6 @@ microseconds of Python a sample are serial, which bounds one reader at some ten 
 A sample that cannot be read is replaced by its neighbour at the same position, counted, and bounded.
 """
 
-# ruff: noqa: N815 - names end in their shape: B rows, C channels, H height, W width, N patches
-
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -150,10 +148,10 @@ class Reader:
 
     def _submit(self) -> None:
         rows = orders.global_batch(self._order, cursor=self._next_cursor, size=self._batch_size)
-        self._next_cursor += self._batch_size
         mine = slice(self._slice.start, self._slice.stop)
         ids_B, epochs_B = np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
         self._pending.append(_PendingBatch(self._loader, self._pool, ids_B, epochs_B, num_tasks=self._num_tasks))
+        self._next_cursor += self._batch_size
         epoch = self._next_cursor // self._order.num_samples
         if self._pool is not None and epoch > self._ordered_epoch:
             self._ordered_epoch = epoch
@@ -162,8 +160,12 @@ class Reader:
     def __next__(self) -> Batch:
         while len(self._pending) < self._depth:
             self._submit()
-        pending = self._pending.popleft()
-        batch, replaced = pending.finish(padded=self._slice.padded, cursor_after=self._cursor + self._batch_size)
+        try:
+            batch, replaced = self._pending[0].finish(padded=self._slice.padded, cursor_after=self._cursor + self._batch_size)
+        except BaseException:
+            self.load_state_dict(self.state_dict())  # the next call tries this batch again, not the one after it
+            raise
+        self._pending.popleft()
         self._cursor += self._batch_size
         self._delivered += self._slice.stop - self._slice.start
         if replaced:
@@ -328,4 +330,25 @@ def read_all(
             batch.cancel()
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)
+        loader.close()
+
+
+def read_masks(url: str, sample_ids: Sequence[int] | Ids, *, image_size: int) -> torch.Tensor:
+    """Read the stored object masks of some samples, cut as `read_all` cuts their images.
+
+    Args:
+        url: Folder of shards with their index.
+        sample_ids: Rows of the index.
+        image_size: Side S of the masks handed out, pixels.
+
+    Returns:
+        (len(sample_ids), S, S) bool, true on the object.
+
+    Raises:
+        ConfigError: For a sample that has no mask, or one that cannot be read.
+    """
+    loader = SampleLoader(load_index(url), Transform(image_size), replace=False)
+    try:
+        return torch.stack([loader.mask(int(sample_id)) for sample_id in sample_ids])
+    finally:
         loader.close()

@@ -5,8 +5,6 @@ kept; remote ones are read by range, one request an image. Every read is compare
 microseconds and finds the flipped bits that image decoders let pass. Crop, flip and noise depend on (seed, epoch, sample).
 """
 
-# ruff: noqa: N815 - names end in their shape: B rows, C channels, H height, W width, N patches
-
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -170,6 +168,24 @@ class SampleLoader:
         if self._hash is not None and self._hash(data) != int(self._hashes[sample_id]):
             raise ImageError("its bytes do not have the hash in the index (damaged since it was indexed)")
         return data
+
+    def mask(self, sample_id: int) -> torch.Tensor:
+        """The stored object mask of a sample, resized and cut centrally, (S, S) bool.
+
+        Raises:
+            ConfigError: When the sample has no mask or it cannot be read.
+        """
+        row = self.index.samples.slice(sample_id, 1).to_pylist()[0]
+        if row["mask_offset"] is None:
+            raise ConfigError(
+                f"{self.index.locate(sample_id)} has no mask (member mask.png); masks are stored by the source shapes:N"
+            )
+        data = self._shard(int(self._shard_of[sample_id])).read(row["mask_offset"], row["mask_size"])
+        try:
+            decoded = decode(data, max_pixels=self.transform.max_pixels)
+        except ImageError as error:
+            raise ConfigError(f"the mask of {self.index.locate(sample_id)}: {error}") from error
+        return center_crop(decoded, self.transform.image_size)[0] >= 128
 
     def image(self, sample_id: int, *, epoch: int, drawn_as: int) -> torch.Tensor:
         """The transformed image of a sample, (3, S, S) uint8, with the random numbers of the sample `drawn_as`."""

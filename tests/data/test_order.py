@@ -79,6 +79,37 @@ def test_epochs_and_seeds_differ_and_windows_hold_their_samples():
         assert in_lane.tolist() != mixed.tolist()
 
 
+def reference_order(sizes, *, seed, epoch, lanes, window):
+    """docs/data_format.md word by word, in plain Python."""
+
+    def philox(purpose, item=0):
+        return np.random.Generator(np.random.Philox(key=seed + 2**64 * epoch, counter=2**128 * item + 2**192 * purpose))
+
+    first_ids = [sum(sizes[:i]) for i in range(len(sizes))]
+    draws = philox(0)
+    ids = [first_ids[shard] + i for shard in draws.permutation(len(sizes)) for i in range(sizes[shard])]
+    offset = int(draws.integers(len(ids)))
+    ids = ids[offset:] + ids[:offset]
+    lane_samples, begin = [], 0
+    for lane in range(lanes):
+        length = len(ids) // lanes + (lane < len(ids) % lanes)
+        in_lane, begin = ids[begin : begin + length], begin + length
+        keys = philox(1, lane).random(length)
+        mixed = []
+        for start in range(0, length, window):
+            rows = range(start, min(start + window, length))
+            mixed += [in_lane[row] for row in (sorted(rows, key=lambda row: keys[row]) if window > 1 else rows)]
+        lane_samples.append(mixed)
+    return [lane_samples[p % lanes][p // lanes] for p in range(len(ids))]
+
+
+@fast
+@given(shard_sizes, lanes, windows, seeds, st.integers(0, 5))
+def test_the_order_is_the_one_that_the_documentation_describes(sizes, lanes, window, seed, epoch):
+    arguments = {"seed": seed, "epoch": epoch, "lanes": lanes, "window": window}
+    assert epoch_order(sizes, **arguments)[0].tolist() == reference_order(sizes, **arguments)
+
+
 def test_the_order_of_this_format_never_changes():
     """Recorded from the first release; a change here breaks the resumption of every run: raise the schema version."""
     ids, _ = epoch_order([3, 4, 5], seed=7, epoch=2, lanes=5, window=2)

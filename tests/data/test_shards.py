@@ -97,7 +97,9 @@ def test_names_split_at_the_first_dot_of_the_file_name(name, key, extension):
 
 
 def test_members_of_a_sample_need_not_be_adjacent():
-    data = tar_of([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3"), ("__meta__.json", b"{}"), (".hidden.jpg", b"4"), ("b.cls", b"5")])
+    data = tar_of(
+        [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3"), ("__meta__.json", b"{}"), (".hidden.jpg", b"4"), ("b.cls", b"5")]
+    )
     samples = group_samples(walk_tar(data, "a.tar"), "a.tar")
     assert [(sample.key, sorted(sample.members)) for sample in samples] == [("a", ["cls", "jpg"]), ("b", ["cls", "jpg"])]
 
