@@ -70,16 +70,23 @@ def web_url(uri: str) -> str:
     return public_uri(uri).rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL_UI
 
 
-def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
-    """A client whose every request is tried once and ends within `timeout_s`.
+def configure(*, timeout_s: float) -> None:
+    """Sets MLflow's environment; before its first import, because some settings are read there.
 
-    MLflow reads its settings from the environment, so that they hold for the whole process: the last
-    `timeout_s` counts, the rest gives way to what the user set. The import takes seconds and is done here.
+    They hold for the whole process: the last `timeout_s` counts, the rest gives way to what the user set.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(timeout_s))
+
+
+def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
+    """A client whose every request is tried once and ends within `timeout_s`.
+
+    The import takes seconds and is done here; so is the creation of a fresh database.
+    """
+    configure(timeout_s=timeout_s)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is created
@@ -87,7 +94,7 @@ def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
     return MlflowClient(absolute_uri(uri))
 
 
-def first_line(error: BaseException) -> str:
-    """An exception as one line of at most 200 characters."""
+def one_line(error: BaseException) -> str:
+    """An exception as one line; of a long one both ends, since MLflow puts the cause last."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"

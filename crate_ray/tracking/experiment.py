@@ -4,14 +4,17 @@ In: a tracking URI and a name. Out: an experiment id. What the user can correct 
 anything starts; a server that does not answer is a warning, because runs do not need it.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crate_ray.config import ConfigError
-from crate_ray.tracking.client import absolute_uri, database_path, first_line, open_client, public_uri
+from crate_ray.tracking.client import absolute_uri, configure, database_path, one_line, open_client, public_uri
 from crate_ray.tracking.views import write_views
 
 if TYPE_CHECKING:
@@ -24,31 +27,33 @@ def initialise(uri: str, experiment: str, *, timeout_s: float = 5) -> str | None
     """Creates database, experiment and saved views; called once, before any worker starts.
 
     Several processes that open a fresh sqlite database at once break its migration, so that one
-    caller has to come first: the driver.
+    caller has to come first: the driver. Several drivers on one machine wait for each other here.
 
     Returns:
         The experiment id, or None when a server does not answer: one warning, and the run goes on
         without it.
 
     Raises:
-        ConfigError: The database cannot be written, or the experiment was deleted.
+        ConfigError: The database cannot be written or is none, or the experiment was deleted.
     """
     uri = absolute_uri(uri)
     database = database_path(uri)
     if database is not None:
         _check_database(uri, database)
-    client = open_client(uri, timeout_s=timeout_s)
-    from mlflow.exceptions import MlflowException  # after open_client: its settings count at import
+    configure(timeout_s=timeout_s)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return prepare(client, uri, experiment)
-    except MlflowException as error:
+        with _alone(database):
+            return prepare(open_client(uri, timeout_s=timeout_s), uri, experiment)
+    except (MlflowException, SQLAlchemyError) as error:
         if database is not None:
-            raise ConfigError(f"tracking.uri = '{public_uri(uri)}': {first_line(error)}") from None
+            raise ConfigError(f"tracking.uri = '{public_uri(uri)}': {one_line(error)}") from None
         logger.warning(
             "MLflow at %s does not answer (%s); runs go on, and `crate-ray tracking sync` sends them later",
             public_uri(uri),
-            first_line(error),
+            one_line(error),
         )
         return None
 
@@ -95,6 +100,17 @@ def _check_database(uri: str, path: Path) -> None:
     target = path if path.exists() else path.parent
     if not os.access(target, os.W_OK) or path.is_dir():
         raise ConfigError(_unwritable(uri, target, "no write access, or a folder where the file should be"))
+
+
+@contextlib.contextmanager
+def _alone(database: Path | None) -> Iterator[None]:
+    """Holds a lock file beside a sqlite database, for as long as its tables may be made."""
+    if database is None:
+        yield
+        return
+    with database.with_name(f".{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _unwritable(uri: str, path: Path, reason: str) -> str:

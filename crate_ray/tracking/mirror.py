@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
-from crate_ray.tracking.client import absolute_uri, first_line, open_client, public_uri, web_url
+from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri, web_url
 from crate_ray.tracking.experiment import prepare
 from crate_ray.tracking.replay import RunReplay, Session
 from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
@@ -25,6 +25,7 @@ from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
 logger = logging.getLogger(__name__)
 
 _PASS_SECONDS = 1.0
+_REMOTE_PASS_SECONDS = 10.0  # every look at an object store is a paid request
 _MAX_BACKOFF_SECONDS = 60.0
 # The server's word about one run; anything else is taken for a server in trouble.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
@@ -113,7 +114,7 @@ class Mirror:
 
     def _run(self) -> None:
         while True:
-            self._wake.wait(_PASS_SECONDS)
+            self._wake.wait(_PASS_SECONDS if all(r.folder.is_local for r in self._replays.values()) else _REMOTE_PASS_SECONDS)
             self._wake.clear()
             is_last = self._deadline is not None
             self._admit()
@@ -187,18 +188,20 @@ class Mirror:
     def _start_over(self, uri: str, error: Exception) -> None:
         """Forgets what is known of one run and reads it again from its marker, after a while."""
         failed = self._replays[uri]
-        self._retired_sent += failed.sent
-        self._replays[uri] = RunReplay(failed.folder, parent_uid=failed.parent_uid)
+        if self._deadline is None:  # in the last pass its records still count as pending
+            self._retired_sent += failed.sent
+            self._replays[uri] = RunReplay(failed.folder, parent_uid=failed.parent_uid)
         self._held_until[uri] = time.monotonic() + _MAX_BACKOFF_SECONDS
-        self._session = None  # the experiment itself may be gone
-        self._run_errors[uri] = f"run {failed.folder.name}: {first_line(error)}"
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            self._session = None  # the experiment itself may be gone
+        self._run_errors[uri] = f"run {failed.folder.name}: {one_line(error)}"
         self._report(self._run_errors[uri])
 
     def _back_off(self, error: Exception) -> None:
         hopeless = isinstance(error, ConfigError)
         self._backoff_s = _MAX_BACKOFF_SECONDS if hopeless else min(max(1.0, 2 * self._backoff_s), _MAX_BACKOFF_SECONDS)
         self._retry_at = time.monotonic() + self._backoff_s
-        self._server_error = first_line(error)
+        self._server_error = one_line(error)
         self._report(self._server_error)
 
     def _report(self, reason: str) -> None:

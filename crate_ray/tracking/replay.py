@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from crate_ray import storage
 from crate_ray.runs import Record, RecordTail, RunFolder, Status, read_status
-from crate_ray.tracking.client import first_line, public_uri
+from crate_ray.tracking.client import one_line, public_uri
 from crate_ray.tracking.describe import MAX_TAG, PARENT_TAG, RUN_UID_TAG, Description, describe, metric_key, to_ms
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class RunReplay:
                 _upload(session.client, self._run_id, self.folder.path(name), target)
             self._artifacts_done = True
         except Exception as error:  # noqa: BLE001 - every artifact store raises its own kind
-            logger.warning("files of run %s were not stored in MLflow: %s", self.folder.name, first_line(error))
+            logger.warning("files of run %s were not stored in MLflow: %s", self.folder.name, one_line(error))
 
     def _save_marker(self, session: Session) -> None:
         marker = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from crate_ray.config import digest
 from crate_ray.runs import RunFolder
-from crate_ray.tracking.client import absolute_uri, first_line, open_client, public_uri
+from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri
 from crate_ray.tracking.describe import MAX_NAME, MAX_TAG, RUN_UID_TAG
 from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.replay import RunReplay, Session, find_run
@@ -83,9 +83,9 @@ def log_comparison(
     experiment_id = initialise(uri, experiment)
     if experiment_id is None:
         return None
-    client = open_client(uri)
-    from mlflow.exceptions import MlflowException  # after open_client: its settings count at import
+    from mlflow.exceptions import MlflowException
 
+    client = open_client(uri)
     described = {key: str(value)[:MAX_TAG] for key, value in (tags or {}).items()}
     described |= {"kind": "compare", RUN_UID_TAG: f"compare-{digest([experiment, name])[:32]}"}
     try:
@@ -95,7 +95,7 @@ def log_comparison(
         client.set_terminated(run_id, "FINISHED")
         client.set_experiment_tag(experiment_id, "mlflow.note.content", " ".join(note_first_line.split()))
     except (MlflowException, OSError) as error:
-        logger.warning("the comparison is not in MLflow at %s: %s", public_uri(uri), first_line(error))
+        logger.warning("the comparison is not in MLflow at %s: %s", public_uri(uri), one_line(error))
         return None
     return run_id
 
@@ -115,7 +115,7 @@ def _replay(folder: RunFolder, session: Session) -> SyncResult:
         replay.poll()
         replay.push(session)
     except Exception as error:  # noqa: BLE001 - one run that cannot be sent must not keep the others from it
-        return SyncResult(folder.name, replay.run_id, replay.sent, first_line(error))
+        return SyncResult(folder.name, replay.run_id, replay.sent, one_line(error))
     error_text = None if replay.run_id else f"no run_meta.json in {folder.uri}: not a run folder"
     return SyncResult(folder.name, replay.run_id, replay.sent, error_text)
 

@@ -14,7 +14,7 @@ import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from crate_ray.tracking.client import first_line
+from crate_ray.tracking.client import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -143,7 +143,7 @@ def _state_of(tag: str | None) -> State | None:
         packed = json.loads(tag)["state"].removeprefix("deflate;")
         state: State = json.loads(zlib.decompress(base64.b64decode(packed)))
     except (ValueError, KeyError, AttributeError, zlib.error) as error:
-        logger.debug("a saved view cannot be read and is written anew: %s", first_line(error))
+        logger.debug("a saved view cannot be read and is written anew: %s", one_line(error))
         return None
     return state
 

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,12 @@ def test_a_database_that_cannot_be_written_is_an_error_with_the_fix(tmp_path: Pa
             initialise(f"sqlite:///{path}", "any")
 
 
+def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(ConfigError, match="file is not a database"):
+        initialise(f"sqlite:///{tmp_path}/mlflow.db", "any")
+
+
 def test_a_taken_port_is_an_error_that_names_a_free_one(uri: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -85,6 +93,18 @@ def test_a_taken_port_is_an_error_that_names_a_free_one(uri: str) -> None:
 def test_a_server_is_not_served_again() -> None:
     with pytest.raises(ConfigError, match="is a server already"):
         serve("http://me:secret@host:5000")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_drivers_that_start_together_share_a_fresh_database(tmp_path: Path) -> None:
+    code = f"from crate_ray.tracking import initialise; print(initialise('sqlite:///{tmp_path}/mlflow.db', 'shared'))"
+    drivers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        assert [driver.communicate(timeout=150)[0].strip() for driver in drivers] == ["1", "1", "1"]
+    finally:
+        for driver in drivers:
+            driver.kill()
 
 
 @pytest.mark.slow
