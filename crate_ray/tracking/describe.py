@@ -39,11 +39,14 @@ class Description:
 
 
 def describe(folder: RunFolder) -> Description | None:
-    """Reads a run folder; None while it has no run_meta.json."""
+    """Reads a run folder; None while it is being created, or when it is no run."""
     meta = folder.read_json("run_meta.json")
     if meta is None:
         return None
-    config = _config(folder, str(meta["kind"]))
+    is_trained = meta["kind"] in _TRAINED  # a sweep or a comparison has another kind of config.yaml, or none
+    if is_trained and not folder.exists():
+        return None
+    config = _config(folder) if is_trained else None
     fingerprint = folder.read_json("fingerprint.json") or {}
     precision = fingerprint.get("compare", {}).get("parts", {}).get("precision")
     return Description(
@@ -121,13 +124,11 @@ def dataset_name(uri: str) -> str:
     return parts[-1] if parts else uri
 
 
-def _config(folder: RunFolder, kind: str) -> RunConfig | None:
-    """The configuration of a trained run; a sweep or a comparison has another kind of one, or none."""
-    if kind not in _TRAINED:
-        return None
+def _config(folder: RunFolder) -> RunConfig | None:
+    """The configuration; None for one that this version cannot read, whose numbers are sent all the same."""
     try:
         return folder.read_config()
-    except (FileNotFoundError, ConfigError):
+    except ConfigError:
         return None
 
 

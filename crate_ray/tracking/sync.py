@@ -116,7 +116,7 @@ def _replay(folder: RunFolder, session: Session) -> SyncResult:
         replay.push(session)
     except Exception as error:  # noqa: BLE001 - one run that cannot be sent must not keep the others from it
         return SyncResult(folder.name, replay.run_id, replay.sent, one_line(error))
-    error_text = None if replay.run_id else f"no run_meta.json in {folder.uri}: not a run folder"
+    error_text = None if replay.run_id else f"no run_meta.json with a config.yaml in {folder.uri}: not a run folder"
     return SyncResult(folder.name, replay.run_id, replay.sent, error_text)
 
 

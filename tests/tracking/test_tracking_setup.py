@@ -99,9 +99,9 @@ def test_a_server_is_not_served_again() -> None:
 @pytest.mark.timeout(200)
 def test_drivers_that_start_together_share_a_fresh_database(tmp_path: Path) -> None:
     code = f"from crate_ray.tracking import initialise; print(initialise('sqlite:///{tmp_path}/mlflow.db', 'shared'))"
-    drivers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    drivers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        assert [driver.communicate(timeout=150)[0].strip() for driver in drivers] == ["1", "1", "1"]
+        assert [driver.communicate(timeout=150)[0].strip() for driver in drivers] == ["1", "1"]
     finally:
         for driver in drivers:
             driver.kill()
