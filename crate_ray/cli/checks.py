@@ -25,7 +25,7 @@ from crate_ray.config import ConfigError
 
 PACKAGE = "crate-ray"
 TESTED_PYTHON = ((3, 11), (3, 12))
-IMPORT_TIMEOUT_S = 25.0
+IMPORT_TIMEOUT_S = 100.0
 JOIN_TIMEOUT_S = 12.0
 CONNECT_TIMEOUT_S = 5.0
 _GIB = 2**30

@@ -6,7 +6,9 @@ other in processes and threads with a time limit, so that the whole takes second
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated
 
@@ -16,11 +18,14 @@ from rich.markup import escape
 from crate_ray.cli import checks
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.checks import Check
-from crate_ray.cli.output import console, print_json
+from crate_ray.cli.output import console, errors, print_json
 from crate_ray.config import ConfigError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
-_LIMIT_S = 30.0
+# Far beyond what any check takes on a good day: importing torch or mlflow from a cold network disk needs a minute.
+_LIMIT_S = 120.0
+
+_Named = tuple[str, Callable[[], list[Check]]]
 
 Storage = Annotated[str, typer.Option("--storage", help="storage.path of the runs to come.")]
 Tracking = Annotated[
@@ -30,19 +35,19 @@ Tracking = Annotated[
 
 def doctor(storage: Storage = "out", tracking: Tracking = None, as_json: Json = False) -> None:
     """Check this machine for what would fail later; exit code 1 when something will."""
-    found = _run_all(
-        [
-            ("Python", checks.check_python),
-            ("packages", checks.check_packages),
-            ("torch", checks.check_torch),
-            ("C++ compiler", checks.check_compiler),
-            ("machine", checks.check_machine),
-            ("limits", checks.check_limits),
-            ("storage", lambda: checks.check_storage(storage)),
-            ("tracking", lambda: checks.check_tracking(storage, tracking)),
-            ("Ray", checks.check_ray),
-        ]
-    )
+    named: list[_Named] = [
+        ("Python", checks.check_python),
+        ("packages", checks.check_packages),
+        ("torch", checks.check_torch),
+        ("C++ compiler", checks.check_compiler),
+        ("machine", checks.check_machine),
+        ("limits", checks.check_limits),
+        ("storage", lambda: checks.check_storage(storage)),
+        ("tracking", lambda: checks.check_tracking(storage, tracking)),
+        ("Ray", checks.check_ray),
+    ]
+    with errors.status("checking this machine") if errors.is_terminal else nullcontext():
+        found = _run_all(named)
     ok = all(check.state != "fail" for check in found)
     if as_json:
         print_json({"ok": ok, "checks": [asdict(check) for check in found]})
@@ -52,7 +57,7 @@ def doctor(storage: Storage = "out", tracking: Tracking = None, as_json: Json = 
         raise typer.Exit(1)
 
 
-def _run_all(named: Sequence[tuple[str, Callable[[], list[Check]]]]) -> list[Check]:
+def _run_all(named: Sequence[_Named]) -> list[Check]:
     """Runs the checks beside each other and gives their rows in order; one that hangs or crashes is a row too."""
     results: dict[str, list[Check]] = {}
 
@@ -68,8 +73,9 @@ def _run_all(named: Sequence[tuple[str, Callable[[], list[Check]]]]) -> list[Che
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in named]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + _LIMIT_S
     for (name, _), thread in zip(named, threads, strict=True):
-        thread.join(_LIMIT_S)
+        thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             results[name] = [Check(name, "fail", f"no answer within {_LIMIT_S:g} s", "check that what it names can be reached")]
     return [check for name, _ in named for check in results[name]]

@@ -58,6 +58,7 @@ def ui(
     from crate_ray.tracking import initialise, serve, view_url
 
     store, experiments = _store(root, uri)
+    errors.print("starting MLflow's server ...")
     # Before the server starts: two processes that open a fresh database at once break its migration.
     ids = {name: initialise(store, name) for name in experiments}
     signal.signal(signal.SIGTERM, _terminated)

@@ -1,0 +1,124 @@
+import json
+import shutil
+from itertools import islice
+
+import pytest
+
+from crate_ray.data import build_source, load_index, open_reader
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes") / "set"
+    build_source("shapes:60", str(out), image_size=16)
+    return out
+
+
+def test_build_writes_shards_and_names_the_next_command(invoke, tmp_path):
+    out = tmp_path / "set"
+    first = invoke("data", "build", "shapes:40", out, "--image-size", 16)
+    assert first.code == 0
+    assert f"crate-ray train digits_crate_mae --set data.train={out}/train" in first.out
+    assert load_index(str(out / "train")).num_samples == 32
+    again = json.loads(invoke("data", "build", "shapes:40", out, "--image-size", 16, "--json").out)
+    assert again["reused"]
+    assert again["splits"]["train"]["num_samples"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shpes:10"], "unknown source 'shpes:10'; known are digits"),
+        (["digits", "--image-size", 64], "belong to shapes:N"),
+        (["folder:/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_build_refuses_what_it_cannot_read(invoke, tmp_path, arguments, message):
+    source, *options = arguments
+    result = invoke("data", "build", source, tmp_path / "set", *options)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_index_counts_shards_that_another_program_wrote(invoke, shapes, tmp_path):
+    for shard in (shapes / "train").glob("*.tar"):
+        shutil.copy(shard, tmp_path)
+    result = invoke("data", "index", tmp_path, "--json")
+    found = json.loads(result.out)
+    assert found["num_samples"] == found["num_labelled"] == 48
+    assert found["digest"] == load_index(str(shapes / "train")).digest
+
+
+def test_index_of_a_folder_without_shards_is_an_error(invoke, tmp_path):
+    result = invoke("data", "index", tmp_path)
+    assert result.code == 2
+    assert "no *.tar shards" in result.err
+
+
+def test_verify_finds_a_changed_byte(invoke, shapes, tmp_path):
+    copy = tmp_path / "train"
+    shutil.copytree(shapes / "train", copy)
+    assert invoke("data", "verify", copy).code == 0
+    shard = sorted(copy.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    result = invoke("data", "verify", copy, "--json")
+    found = json.loads(result.out)
+    assert result.code == 1
+    assert not found["ok"]
+    assert len(found["faults"]) == 1
+    assert shard.name in found["faults"][0]
+
+
+def test_verify_without_an_index_names_the_command_that_makes_one(invoke, tmp_path):
+    result = invoke("data", "verify", tmp_path)
+    assert result.code == 2
+    assert "crate-ray data index" in result.err
+
+
+def _plan(invoke, url, world_size, *, steps=6, batch=8, cursor=0):
+    result = invoke(
+        "data", "plan", url, "--world-size", world_size, "--global-batch", batch, "--steps", steps, "--cursor", cursor, "--json"
+    )
+    assert result.code == 0
+    return json.loads(result.out)
+
+
+def test_a_plan_of_one_epoch_reads_every_key_once(invoke, shapes):
+    plan = _plan(invoke, shapes / "train", 3)
+    keys = [key for step in plan["steps"] for rank in step["ranks"] for key in rank["keys"]]
+    assert sorted(keys) == sorted(load_index(str(shapes / "train")).samples["key"].to_pylist())
+    assert plan["coverage"]["duplicates_within_an_epoch"] == 0
+    assert plan["coverage"]["distinct_samples"] == plan["coverage"]["num_samples"] == 48
+
+
+def test_the_global_batches_do_not_depend_on_the_number_of_ranks(invoke, shapes):
+    def batches(world_size):
+        plan = _plan(invoke, shapes / "train", world_size)
+        return [[key for rank in step["ranks"] for key in rank["keys"]] for step in plan["steps"]]
+
+    assert batches(1) == batches(3) == batches(8)
+
+
+def test_a_plan_is_what_the_reader_hands_out(invoke, shapes):
+    url = str(shapes / "train")
+    plan = _plan(invoke, url, 3, steps=2, batch=16, cursor=40)
+    for rank in range(3):
+        with open_reader(url, global_batch=16, rank=rank, world_size=3, cursor=40, image_size=16) as reader:
+            read = [batch.sample_ids_B[batch.weights_B > 0].tolist() for batch in islice(reader, 2)]
+        assert read == [step["ranks"][rank]["sample_ids"] for step in plan["steps"]]
+
+
+def test_a_plan_for_people_sums_up_coverage(invoke, shapes):
+    result = invoke("data", "plan", shapes / "train", "--world-size", 2, "--global-batch", 8, "--steps", 40)
+    assert "0 read twice in one epoch" in result.out
+    assert "16 more rows" in result.out
+
+
+def test_a_plan_with_more_ranks_than_images_is_refused(invoke, shapes):
+    result = invoke("data", "plan", shapes / "train", "--world-size", 9, "--global-batch", 8)
+    assert result.code == 2
+    assert "9 workers cannot share a global batch of 8" in result.err

@@ -1,0 +1,43 @@
+import json
+
+
+def test_runs_shows_state_step_and_last_numbers(invoke, make_run, tmp_path):
+    make_run("done", train__loss=0.31, eval__loss=0.4, eval__knn_top1=0.625, final__probe_top1=0.9)
+    result = invoke("runs", tmp_path / "out")
+    assert result.code == 0
+    cells = result.out.splitlines()[1].split()
+    assert cells[:8] == ["done", "FINISHED", "20/600", "0.3100", "0.4000", "62.5%", "90.0%", "1"]
+    assert cells[8:] == ["90", "s"]
+
+
+def test_a_run_whose_driver_died_is_stale_and_one_that_never_started_is_new(invoke, make_run, tmp_path):
+    make_run("dead", "RUNNING", beat_s_ago=600)
+    make_run("alive", "RUNNING", beat_s_ago=5)
+    make_run("fresh", None)
+    rows = {row["name"]: row for row in json.loads(invoke("runs", tmp_path / "out", "--json").out)}
+    assert {name: row["state"] for name, row in rows.items()} == {"alive": "RUNNING", "dead": "STALE", "fresh": "NEW"}
+    assert 600 <= rows["dead"]["heartbeat_age_s"] < 660
+    assert rows["fresh"]["step"] is None
+    assert "tracking reap" in invoke("runs", tmp_path / "out").out
+
+
+def test_a_configuration_of_another_release_does_not_hide_the_other_runs(invoke, make_run, tmp_path):
+    odd = make_run("odd")
+    make_run("plain")
+    (tmp_path / "out" / "odd" / "config.yaml").write_text("no_such_key: 1\n")
+    rows = {row["name"]: row for row in json.loads(invoke("runs", tmp_path / "out", "--json").out)}
+    assert set(rows) == {odd.name, "plain"}
+    assert "no_such_key" in rows["odd"]["reason"]
+
+
+def test_an_empty_root_says_so(invoke, tmp_path):
+    result = invoke("runs", tmp_path)
+    assert result.code == 0
+    assert f"no runs in {tmp_path} yet" in result.out
+    assert json.loads(invoke("runs", tmp_path, "--json").out) == []
+
+
+def test_a_missing_root_is_an_error(invoke, tmp_path):
+    result = invoke("runs", tmp_path / "nowhere")
+    assert result.code == 2
+    assert "nowhere' does not exist" in result.err
