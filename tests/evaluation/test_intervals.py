@@ -28,7 +28,7 @@ def test_the_interval_agrees_with_resampling_sources_one_by_one(clustered):
     interval = accuracy_interval(correct, sources, resamples=20_000)
     assert interval.value == correct.mean()
     assert (interval.low, interval.high) == pytest.approx(
-        brute_force(correct.astype(float), sources, resamples=5000, seed=1), abs=0.01
+        brute_force(correct.astype(float), sources, resamples=2000, seed=1), abs=0.01
     )
 
 
