@@ -5,6 +5,8 @@ is wrong, the fix. Checks that may hang or crash (an import of torch, a store th
 other in processes and threads with a time limit, so that the whole takes seconds. No cluster is started.
 """
 
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from crate_ray.cli.checks import Check
 from crate_ray.cli.output import console, errors, print_json
 from crate_ray.config import ConfigError
 
+_INDENT = 20
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 # Far beyond what any check takes on a good day: importing torch or mlflow from a cold network disk needs a minute.
 _LIMIT_S = 120.0
@@ -84,8 +87,15 @@ def _run_all(named: Sequence[_Named]) -> list[Check]:
 def _print(found: Sequence[Check]) -> None:
     for check in found:
         state = f"[{_COLOURS[check.state]}]{check.state:<6}[/]"
-        console.print(f"{state}{check.name:<14}{escape(check.found)}", soft_wrap=True)
+        console.print(f"{state}{check.name:<14}{_wrapped(check.found)}", soft_wrap=True)
         if check.fix:
-            console.print(f"{'':<6}{'':<14}fix: {escape(check.fix)}", soft_wrap=True)
+            console.print(f"{'':<{_INDENT}}{_wrapped(f'fix: {check.fix}')}", soft_wrap=True)
     failed, warned = (sum(check.state == state for check in found) for state in ("fail", "warn"))
     console.print(f"{'not ready' if failed else 'ready'}: {len(found)} checks, {failed} failed, {warned} warned")
+
+
+def _wrapped(text: str) -> str:
+    """The text beside the names of the checks: folded in a terminal, one line elsewhere."""
+    width = max(_INDENT, console.width - _INDENT) if console.is_terminal else sys.maxsize
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return escape(f"\n{'':<{_INDENT}}".join(lines))

@@ -18,9 +18,12 @@ Names = Annotated[
 
 _COUNTS = ("paper", "total", "trainable", "encoder")
 _NOTE = """\
-paper: as papers count, frozen position tables included. total: what a weights file of ours holds. encoder: what is kept
-after pretraining. executed: ISTA in two matrix products, prediction of hidden patches only. published: three products,
-every patch predicted. encode: the features of one whole image, unmasked."""
+paper      as papers count: frozen position tables included
+total      what a weights file of this package holds
+encoder    what is kept after pretraining
+executed   ISTA in two matrix products, prediction of hidden patches only
+published  three products, every patch predicted
+encode     the features of one whole image, unmasked"""
 
 
 def models(names: Names = None, as_json: Json = False) -> None:
@@ -44,7 +47,7 @@ def models(names: Names = None, as_json: Json = False) -> None:
         title="Forward pass of one image (GFLOPs)",
     )
     console.print()
-    console.print(_NOTE, soft_wrap=not console.is_terminal)
+    console.print(_NOTE, soft_wrap=True)
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -27,14 +27,14 @@ _METRICS = {
 
 
 def runs(root: Root = "out", as_json: Json = False) -> None:
-    """List run folders, their state and their last numbers."""
+    """List run folders, their state (#N: the N-th attempt) and their last numbers."""
     rows = [_row(folder) for folder in find_runs(root)]
     if as_json:
         print_json(rows)
     elif not rows:
         console.print(f"no runs in {escape(root)} yet; `crate-ray train RECIPE` makes one", soft_wrap=True)
     else:
-        header = ("run", "state", "step", "train", "eval", "kNN", "probe", "try", "time")
+        header = ("run", "state", "step", "train", "eval", "kNN", "probe", "time")
         print_table(header, [_cells(row) for row in rows])
         for row in rows:
             if row["reason"]:
@@ -91,10 +91,10 @@ def _reason(status: Status | None) -> str | None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     step = "-" if row["step"] is None else f"{row['step']}/{row['total_steps']}" if row["total_steps"] else str(row["step"])
-    losses = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("train_loss", "eval_loss")]
+    losses = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("train_loss", "eval_loss")]
     accuracies = ["-" if row[key] is None else f"{row[key]:.1%}" for key in ("knn_top1", "probe_top1")]
-    attempt = "-" if row["attempt"] is None else str(row["attempt"])
-    return [escape(row["name"]), row["state"], step, *losses, *accuracies, attempt, _time(row)]
+    state = f"{row['state']} #{row['attempt']}" if (row["attempt"] or 1) > 1 else row["state"]  # so that 80 columns suffice
+    return [escape(row["name"]), state, step, *losses, *accuracies, _time(row)]
 
 
 def _time(row: dict[str, Any]) -> str:

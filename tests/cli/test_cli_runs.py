@@ -6,8 +6,8 @@ def test_runs_shows_state_step_and_last_numbers(invoke, make_run, tmp_path):
     result = invoke("runs", tmp_path / "out")
     assert result.code == 0
     cells = result.out.splitlines()[1].split()
-    assert cells[:8] == ["done", "FINISHED", "20/600", "0.3100", "0.4000", "62.5%", "90.0%", "1"]
-    assert cells[8:] == ["90", "s"]
+    assert cells[:8] == ["done", "FINISHED", "20/600", "0.310", "0.400", "62.5%", "90.0%", "90"]
+    assert cells[8:] == ["s"]
 
 
 def test_a_run_whose_driver_died_is_stale_and_one_that_never_started_is_new(invoke, make_run, tmp_path):
