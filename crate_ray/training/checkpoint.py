@@ -64,6 +64,7 @@ def save_checkpoint(
         OSError: The store refuses; what was there before is untouched.
     """
     uri = folder.path("checkpoints", f"step_{step:08d}")
+    storage.delete(storage.join(uri, "manifest.json"))  # one left by a damaged checkpoint of this step must not vouch for this
     files: dict[str, dict[str, int | str]] = {}
     for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
         data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
