@@ -1,5 +1,6 @@
 """What tests of several rooms read."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,5 +12,7 @@ from crate_ray.data import build_source
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded handwritten digits as shards: train, validation and test below this folder."""
     folder = tmp_path_factory.mktemp("digits")
-    build_source("digits", str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
+        build_source("digits", str(folder))
     return folder

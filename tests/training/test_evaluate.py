@@ -1,0 +1,70 @@
+"""Validation numbers depend on model and images alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from crate_ray.config import RunConfig
+from crate_ray.data import read_all
+from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.training.evaluate import Evaluator
+
+LoadTiny = Callable[..., RunConfig]
+
+
+def build(config: RunConfig) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    model = create_model(config.model)
+    assert isinstance(model, MaskedAutoencoder)
+    return model
+
+
+def evaluator(config: RunConfig) -> Evaluator:
+    return Evaluator(config, rank=0, world_size=1, precision="float32")
+
+
+def test_the_loss_is_the_published_one_over_the_validation_images(load_tiny: LoadTiny) -> None:
+    config = load_tiny()
+    model = build(config)
+    (batch,) = read_all(config.data.eval or "", batch_size=100, image_size=16, noise_size=16)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.data.mean, config.data.std))
+    with torch.no_grad():
+        expected = float(model((batch.images_BCHW / 255 - mean) / std, batch.noise_BN).loss)
+    assert evaluator(config).loss(model) == pytest.approx(expected, rel=1e-5)  # float32, another order of sums
+
+
+def test_loader_threads_do_not_change_a_number(load_tiny: LoadTiny) -> None:
+    results = []
+    for num_loaders in (0, 1, 3):
+        config = load_tiny(f"data.num_loaders={num_loaders}")
+        model = build(config)
+        judge = evaluator(config)
+        results.append((judge.loss(model), judge.knn(model)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_masks_are_the_same_for_every_seed_and_every_time(load_tiny: LoadTiny) -> None:
+    config = load_tiny()
+    model = build(config)
+    assert evaluator(config).loss(model) == evaluator(load_tiny("train.seed=7")).loss(model) == evaluator(config).loss(model)
+
+
+def test_a_limit_takes_that_many_images_spread_over_all(load_tiny: LoadTiny) -> None:
+    config = load_tiny("eval.max_images=2")
+    model = build(config)
+    first_and_last = list(read_all(config.data.eval or "", batch_size=1, image_size=16, noise_size=16, sample_ids=[0, 5]))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.data.mean, config.data.std))
+    with torch.no_grad():
+        losses = [float(model((b.images_BCHW / 255 - mean) / std, b.noise_BN).loss) for b in first_and_last]
+    assert evaluator(config).loss(model) == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_the_model_is_given_back_ready_to_train(load_tiny: LoadTiny) -> None:
+    config = load_tiny()
+    model = build(config).train()
+    judge = evaluator(config)
+    judge.loss(model)
+    judge.knn(model)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -1,0 +1,66 @@
+"""Who decays, and an optimizer that goes on from its saved state as if it had never stopped."""
+
+import pytest
+import torch
+
+from crate_ray.config import ModelConfig, OptimizerConfig
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
+
+SHAPE = {"image_size": 16, "patch_size": 4, "width": 16, "num_heads": 2, "encoder_depth": 2, "decoder_depth": 1}
+CRATE = {"family": "crate", **SHAPE}
+VIT = {"family": "vit", "encoder_tokens": "visible", **SHAPE}
+
+
+def build(values: dict[str, object]) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    return MaskedAutoencoder(ModelConfig.parse(values))
+
+
+@pytest.mark.parametrize("values", [CRATE, VIT, {**CRATE, "ista_learnable": "layer"}], ids=["crate", "vit", "learnable-ista"])
+def test_matrices_decay_and_norms_biases_tokens_and_scalars_do_not(values: dict[str, object]) -> None:
+    model = build(values)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    decayed_names = [names[id(p)] for p in decayed["params"]]  # type: ignore[attr-defined]
+    free_names = [names[id(p)] for p in free["params"]]  # type: ignore[attr-defined]
+    assert sorted(decayed_names + free_names) == sorted(names.values())
+    assert {"cls_token", "mask_token"} <= set(free_names)
+    assert all(dict(model.named_parameters())[name].ndim == 2 for name in decayed_names)
+    assert not any("norm" in name or name.endswith("bias") for name in decayed_names)
+
+
+def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(4, 3, 16, 16, generator=generator)
+        model.losses(images, torch.rand(4, 16, generator=generator)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("values", [CRATE, VIT], ids=["crate", "vit"])
+def test_a_restored_optimizer_goes_on_bit_by_bit(values: dict[str, object]) -> None:
+    config = OptimizerConfig(lr=1e-2)
+    model = build(values)
+    optimizer = create_optimizer(model, config, lr=1e-2)
+    train(model, optimizer, range(3))
+    tensors = {key: value.clone() for key, value in optimizer_tensors(model, optimizer).items()}
+    assert tensors.keys() == {
+        f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name, _ in model.named_parameters()
+    }
+    other = build(values)
+    other.load_state_dict(model.state_dict())
+    restored = create_optimizer(other, config, lr=1e-2)
+    restore_optimizer(other, restored, tensors)
+    train(model, optimizer, range(3, 6))
+    train(other, restored, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_state_of_another_model_is_refused_by_name() -> None:
+    model = build(CRATE)
+    optimizer = create_optimizer(model, OptimizerConfig(lr=1e-2), lr=1e-2)
+    with pytest.raises(ValueError, match=r"lacks: blocks\.9\.weight"):
+        restore_optimizer(model, optimizer, {"exp_avg.blocks.9.weight": torch.zeros(1)})
