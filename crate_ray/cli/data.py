@@ -44,7 +44,7 @@ def build(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core for large sources.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a source as shards with their index; the same command again continues or returns at once."""
+    """Write a source as shards and index. The same command again continues, or returns at once."""
     from crate_ray.data import build_source, load_index
 
     with _progress() as progress:
@@ -87,7 +87,7 @@ def index(
 
 @app.command("verify")
 def verify(url: Url, as_json: Json = False) -> None:
-    """Compare shards with their index, byte for byte; exit code 1 when they differ."""
+    """Compare shards with their index. Every byte is read; exit code 1 when something differs."""
     from crate_ray.data import load_index, verify_index
 
     faults = verify_index(url)
@@ -116,7 +116,7 @@ def plan(
     window: Annotated[int, typer.Option(min=1, help="data.window of the run.")] = DataConfig.model_fields["window"].default,
     as_json: Json = False,
 ) -> None:
-    """Show which rank reads which sample at which step."""
+    """Show which rank reads which sample when."""
     from crate_ray.data import SampleOrder, load_index
 
     found = load_index(url)

@@ -37,7 +37,7 @@ Tracking = Annotated[
 
 
 def doctor(storage: Storage = "out", tracking: Tracking = None, as_json: Json = False) -> None:
-    """Check this machine for what would fail later; exit code 1 when something will."""
+    """Find now what would fail later. Exit code 1 when something will."""
     named: list[_Named] = [
         ("Python", checks.check_python),
         ("packages", checks.check_packages),

@@ -27,7 +27,7 @@ _METRICS = {
 
 
 def runs(root: Root = "out", as_json: Json = False) -> None:
-    """List run folders, their state (#N: the N-th attempt) and their last numbers."""
+    """List runs, their state and last numbers. #N beside a state: it took N attempts."""
     rows = [_row(folder) for folder in find_runs(root)]
     if as_json:
         print_json(rows)

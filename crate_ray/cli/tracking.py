@@ -33,14 +33,14 @@ Experiment = Annotated[
 
 @app.command("sync")
 def sync(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_json: Json = False) -> None:
-    """Send to MLflow what it has not got of the run folders; what is there stays."""
+    """Send to MLflow what it lacks of the runs."""
     rows = _sync(find_runs(root), root, uri, experiment)
     _finish(rows, as_json, nothing=f"no runs in {root}: nothing to send")
 
 
 @app.command("reap")
 def reap(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_json: Json = False) -> None:
-    """Mark runs whose driver died as FAILED, in their folders and in MLflow."""
+    """Mark runs whose driver died as FAILED."""
     folders = [folder for folder in find_runs(root) if _close_stale(folder)]
     rows = _sync(folders, root, uri, experiment)
     _finish(rows, as_json, nothing=f"no run in {root} has lost its driver: nothing to close")
@@ -64,19 +64,25 @@ def ui(
     signal.signal(signal.SIGTERM, _terminated)
     with serve(store, host, port) as server:
         views = {name: view_url(server.url, found) for name, found in ids.items() if found is not None}
-        if as_json:
-            print_json({"url": server.url, "uri": store, "views": views})
-            sys.stdout.flush()
-        else:
-            console.print(f"MLflow  {server.url}  (Ctrl-C stops it)", soft_wrap=True)
-            for name, link in views.items():
-                console.print(f"{escape(name)}  {link}", soft_wrap=True)
         try:
+            _show_links(server.url, store, views, as_json)
             server.wait()
         except KeyboardInterrupt:
             raise typer.Exit from None
         errors.print(f"the MLflow server ended by itself; its last lines:\n{escape(server.log_tail())}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _show_links(url: str, store: str, views: dict[str, str], as_json: bool) -> None:
+    from crate_ray.tracking.client import public_uri
+
+    if as_json:
+        print_json({"url": url, "uri": public_uri(store), "views": views})
+        sys.stdout.flush()  # a program at the other end of a pipe waits for it while this one serves
+        return
+    console.print(f"MLflow  {url}  (Ctrl-C stops it)", soft_wrap=True)
+    for name, link in views.items():
+        console.print(f"{escape(name)}  {link}", soft_wrap=True)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -90,12 +96,16 @@ def _store(root: str, uri: str | None) -> tuple[str, list[str]]:
     Raises:
         ConfigError: No runs and no store, or runs in several stores.
     """
+    from crate_ray.tracking.client import public_uri
+
     if uri is not None and not storage.exists(root):
         return uri, []
     destinations = [_destination(folder, root, uri, None) for folder in find_runs(root)]
     stores = sorted({store for store, _ in destinations}) or [uri or _default_uri(root)]
     if len(stores) > 1:
-        raise ConfigError(f"the runs in {root} are in several tracking stores; choose one with --uri: {', '.join(stores)}")
+        raise ConfigError(
+            f"the runs in {root} are in several tracking stores; choose one with --uri: {', '.join(map(public_uri, stores))}"
+        )
     return stores[0], sorted({name for _, name in destinations})
 
 
