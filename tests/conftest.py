@@ -1,6 +1,5 @@
 """What tests of several rooms read."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,5 @@ from crate_ray.data import build_source
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded handwritten digits as shards: train, validation and test below this folder."""
     folder = tmp_path_factory.mktemp("digits")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
-        build_source("digits", str(folder))
+    build_source("digits", str(folder))
     return folder

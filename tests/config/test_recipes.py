@@ -78,4 +78,4 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(text: str, tmp_path: Path)
 def test_a_configuration_cannot_be_changed() -> None:
     config = RunConfig.load("digits_mae")
     with pytest.raises(ValidationError, match="frozen"):
-        config.train.steps = 3
+        config.train.steps = 3  # type: ignore[misc]

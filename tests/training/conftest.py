@@ -10,14 +10,6 @@ from crate_ray.config import RunConfig
 from crate_ray.data import build_source
 
 LoadTiny = Callable[..., RunConfig]
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """torchvision 0.29 announces that its codecs will move to torchcodec."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning"))
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: ran
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(4, 3, 16, 16, generator=generator)
-        model.losses(images, torch.rand(4, 16, generator=generator)).mean().backward()
+        model.losses(images, torch.rand(4, 16, generator=generator)).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 

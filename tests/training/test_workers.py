@@ -61,7 +61,9 @@ def run_processes(world_size: int, config: RunConfig, out: Path) -> None:
     """Starts the workers and ends them, whatever happens, after TIMEOUT_S."""
     out.mkdir()
     arguments = (world_size, config.model_dump(mode="json"), str(out))
-    context: ProcessContext = start_processes(work, arguments, nprocs=world_size, join=False, start_method="spawn")
+    context: ProcessContext = start_processes(  # type: ignore[no-untyped-call]
+        work, arguments, nprocs=world_size, join=False, start_method="spawn"
+    )
     deadline = time.monotonic() + TIMEOUT_S
     try:
         while not context.join(timeout=1, grace_period=5):  # true once all have ended; raises when one failed
