@@ -17,7 +17,7 @@ from typing import Any
 
 RECIPES = ("digits_crate_mae", "digits_mae", "digits_mae_small")
 MASK_RATIOS = (0.5, 0.75)
-LEARNING_RATES = (5e-4, 1.5e-3, 3e-3)
+LEARNING_RATES = (1.5e-4, 5e-4, 1.5e-3, 3e-3)
 
 
 def run_point(recipe: str, overrides: list[str]) -> dict[str, Any]:
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--data", default="data/digits")
     parser.add_argument("--out", default="out/tune")
     parser.add_argument("--steps", type=int, nargs="+", default=[600])
+    parser.add_argument("--lr", type=float, nargs="+", default=list(LEARNING_RATES))
+    parser.add_argument("--mask-ratio", type=float, nargs="+", default=list(MASK_RATIOS))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="applied to every point")
     parser.add_argument("--processes", type=int, default=2)
@@ -88,7 +90,7 @@ def main() -> None:
         f"data.{key}={options.data}/{split}" for key, split in (("train", "train"), ("eval", "validation"), ("test", "test"))
     ]
     common = [*paths, f"storage.path={out}", "data.num_loaders=1", "eval.every_steps=null", "eval.probe_every_steps=null"]
-    grid = itertools.product(options.recipes, options.steps, MASK_RATIOS, LEARNING_RATES)
+    grid = itertools.product(options.recipes, options.steps, options.mask_ratio, options.lr)
     with ProcessPoolExecutor(options.processes) as pool:
         futures = [
             pool.submit(

@@ -2,6 +2,7 @@
 
 from crate_ray.analysis.plots import FAMILY_COLOURS, plot_comparison
 from crate_ray.analysis.report import ReportMeta, format_table, headline, report_text, write_report
+from crate_ray.analysis.rows import compare_parts_of, read_row
 from crate_ray.analysis.seeds import RecipeDifference, SeedSummary, aggregate_seeds
 from crate_ray.analysis.statistics import PairedInterval, paired_t_interval
 from crate_ray.analysis.table import ComparisonRow, Estimate, comparison_to_json, incomparable, losses_comparable
@@ -15,6 +16,7 @@ __all__ = [
     "ReportMeta",
     "SeedSummary",
     "aggregate_seeds",
+    "compare_parts_of",
     "comparison_to_json",
     "format_table",
     "headline",
@@ -22,6 +24,7 @@ __all__ = [
     "losses_comparable",
     "paired_t_interval",
     "plot_comparison",
+    "read_row",
     "report_text",
     "write_report",
 ]

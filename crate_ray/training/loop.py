@@ -4,6 +4,7 @@ In: a RunConfig, its folder and a WorkerContext. Out: records, checkpoints and f
 folder; the return value only says how it ended. The loop knows neither ray nor mlflow.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -292,6 +293,13 @@ class Trainer:
             values["final/eval_loss"] = self._eval_loss
         if self.throughput.images_per_s is not None:
             values["final/images_per_s"] = self.throughput.images_per_s
+        cost = {
+            "parameters": dataclasses.asdict(parameters),
+            "training_flops_per_image": flops,
+            "images": images,
+            "train_seconds": self.train_seconds,
+        }
+        self.folder.write_json("final.json", {"values": {}, "cost": cost})
         write_final(self.folder, self.sink, self.step, values)
 
 
