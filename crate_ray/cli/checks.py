@@ -262,7 +262,9 @@ def check_ray() -> list[Check]:
     """Whether the cluster that RAY_ADDRESS names answers and runs the same Ray and Python."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
-        return [Check("Ray", "ok", f"{_version('ray')}; RAY_ADDRESS is not set: runs start a cluster on this machine")]
+        return [
+            Check("Ray", "ok", f"{_version('ray')}; RAY_ADDRESS is not set: runs join a cluster of this machine, or start one")
+        ]
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdigit():
         return [Check("Ray", "ok", f"{_version('ray')}; RAY_ADDRESS = {address}: looked up when a run starts")]
@@ -278,6 +280,9 @@ def check_ray() -> list[Check]:
 
 
 def _same_versions(address: str, cluster: dict[str, Any] | str) -> Check:
+    if isinstance(cluster, str) and "AuthenticationError" in cluster:
+        fix = "export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token (`ray get-auth-token` there prints it)"
+        return Check("Ray", "fail", f"{address} wants a token that this machine does not send", fix)
     if isinstance(cluster, str):
         found = f"{address} answers, but not as a Ray cluster ({cluster})"
         return Check("Ray", "fail", found, "point RAY_ADDRESS at the cluster's GCS port, 6379 by default")

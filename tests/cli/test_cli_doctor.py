@@ -72,6 +72,12 @@ def test_a_cluster_of_another_ray_fails_and_names_both_versions():
     assert "python 3.8.1 there" in check.found
 
 
+def test_a_cluster_that_wants_a_token_says_where_to_put_it():
+    check = checks._same_versions("head:6379", "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken")
+    assert check.state == "fail"
+    assert "RAY_AUTH_MODE=token" in check.fix
+
+
 def test_packages_outside_of_their_range_are_named(monkeypatch):
     monkeypatch.setattr(
         checks.metadata, "requires", lambda name: ["numpy<1", "no-such-package>=1", 'onnx>=99; extra == "export"']
