@@ -50,7 +50,8 @@ def connect() -> str:
         if address:
             _check_reachable(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            # "local" always starts one: the default would join whatever cluster happens to run on this machine.
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS = '{address}': {error}") from None
     return str(ray.get_runtime_context().gcs_address)

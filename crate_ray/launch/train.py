@@ -17,7 +17,7 @@ from typing import Any, Self
 from crate_ray import storage
 from crate_ray.config import RunConfig
 from crate_ray.launch.cluster import connect, resolve_scale
-from crate_ray.runs import Lease, RunFolder, State, is_finished
+from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import prepare_run
 
 POLL_S = 0.2
@@ -57,6 +57,7 @@ def launch_training(
 
     Raises:
         ConfigError: The run cannot start; nothing was written but a new, empty folder.
+        LeaseLostError: Another driver took the run over.
     """
     connect()
     config = config.model_copy(update={"scale": resolve_scale(config.scale)})
@@ -68,10 +69,13 @@ def launch_training(
     on_start(folder, config)
     with StopSignals() as signals:
         fit = _Fit(config, folder, lease.attempt)
-        outcome = _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
+        try:
+            state, reason = _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
+            lease.end(state, reason)
+        except LeaseLostError:
+            fit.abort()
+            raise
     on_poll()
-    state, reason = outcome
-    lease.end(state, reason)
     return RunOutcome(folder, config, state, reason, signal=signals.received)
 
 

@@ -4,12 +4,22 @@ from crate_ray.runs.create import git_state, is_finished, open_run, versions
 from crate_ray.runs.folder import RunFolder, list_runs
 from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
 from crate_ray.runs.records import Record, RecordTail, RecordWriter, decode_number, encode_number, merge_records, read_records
-from crate_ray.runs.status import HEARTBEAT_SECONDS, LEASE_SECONDS, Lease, State, Status, read_status, write_status
+from crate_ray.runs.status import (
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    Lease,
+    LeaseLostError,
+    State,
+    Status,
+    read_status,
+    write_status,
+)
 
 __all__ = [
     "HEARTBEAT_SECONDS",
     "LEASE_SECONDS",
     "Lease",
+    "LeaseLostError",
     "MetricSink",
     "NullSink",
     "Record",

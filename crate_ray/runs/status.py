@@ -52,6 +52,10 @@ def write_status(folder: RunFolder, status: Status) -> None:
     folder.write_json("status.json", asdict(status))
 
 
+class LeaseLostError(RuntimeError):
+    """Another driver took the run over while this one did not beat."""
+
+
 class Lease:
     """The right of one driver to write a run folder, and its heartbeat in the status.
 
@@ -91,9 +95,15 @@ class Lease:
         return self.status.attempt
 
     def beat(self, *, force: bool = False) -> None:
-        """Says that the driver lives; cheap to call often."""
+        """Says that the driver lives; cheap to call often.
+
+        Raises:
+            LeaseLostError: This driver was silent for so long that another one took the run.
+        """
         if not force and time.monotonic() - self._last_beat < HEARTBEAT_SECONDS:
             return
+        if not force:
+            self._check_held()
         self._last_beat = time.monotonic()
         now = time.time()
         self._folder.write_json(
@@ -103,11 +113,17 @@ class Lease:
         write_status(self._folder, self.status)
 
     def end(self, state: State, reason: str | None = None) -> None:
-        """Writes how the run ended and gives the folder back."""
+        """Writes how the run ended and gives the folder back; LeaseLostError where it is another's by now."""
+        self._check_held()
         now = time.time()
         self.status = Status(state, self.status.attempt, self.status.started, now, ended=now, reason=reason)
         write_status(self._folder, self.status)
         storage.delete(self._folder.path("lease.json"))
+
+    def _check_held(self) -> None:
+        held = self._folder.read_json("lease.json")
+        if held is None or held["owner"] != self._owner:
+            raise LeaseLostError(f"run '{self._folder.name}' was taken over by another driver; this one leaves it alone")
 
 
 def _is_dead(held: dict[str, object]) -> bool:

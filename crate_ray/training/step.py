@@ -8,9 +8,10 @@ so each rank's sum is scaled by W / B.
 Shapes: B global batch, M rows of this worker, C x H x W image, N patches.
 """
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,12 @@ from crate_ray.config import RunConfig
 from crate_ray.data import Batch
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.precision import autocast, can_compile
+
+# Position tables are the same on every rank and never change. torch 2.15 renamed the argument that says so.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
+_BUFFERS_STAY: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 
 class Normalise(nn.Module):

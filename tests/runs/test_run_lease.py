@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import ConfigError
-from crate_ray.runs import LEASE_SECONDS, Lease, RunFolder, read_status
+from crate_ray.runs import LEASE_SECONDS, Lease, LeaseLostError, RunFolder, read_status
 
 TAKE_AND_DIE = """
 import os, sys
@@ -78,3 +78,14 @@ def test_a_beat_is_seen_in_lease_and_status_and_costs_nothing_when_it_comes_too_
     assert status is not None
     assert renewed["heartbeat"] > json.loads(first)["heartbeat"]
     assert status.heartbeat == renewed["heartbeat"]
+
+
+def test_a_driver_that_slept_while_another_took_over_leaves_the_run_alone(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    lease = Lease.take(folder)
+    hold_elsewhere(tmp_path, age_s=0)
+    with pytest.raises(LeaseLostError, match="taken over by another driver"):
+        lease.end("FINISHED")
+    status = read_status(folder)
+    assert status is not None
+    assert status.state == "RUNNING"
