@@ -77,7 +77,8 @@ class Evaluator:
     def _features(self, model: MaskedAutoencoder, url: str | None, ids: np.ndarray) -> Features:
         device = next(model.parameters()).device
         data = self._config.data
-        mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
+        with autocast(self._precision, device):
+            mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
         if self._world_size == 1:
             return mine
         parts: list[Features] = [mine] * self._world_size

@@ -16,12 +16,12 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import load_index, read_all
 from crate_ray.evaluation.features import Features, extract_features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, paired_gain
-from crate_ray.evaluation.probes import PROBE_PROTOCOL, Judgement, Rows, judge, linear_probe
+from crate_ray.evaluation.probes import PROBE_PROTOCOL, Judgement, Rows, judge, raw_pixel_probe
 from crate_ray.models import MaskedAutoencoder, create_model
 from crate_ray.runs import RecordWriter, RunFolder, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
 from crate_ray.training.loop import write_final
-from crate_ray.training.precision import choose_device
+from crate_ray.training.precision import autocast, choose_device, resolve_precision
 
 Split = Literal["validation", "test"]
 READ_BATCH = 256
@@ -79,15 +79,15 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
         pixels, labels = raw_pixels(_read(config, url))
         return Rows(pixels, labels, load_index(url).sources)
 
-    return linear_probe(rows("train"), rows("validation"), rows(split)).top1
+    return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
 
 
 def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgement:
     def features(which: Literal["train"] | Split) -> tuple[Features, NDArray[Any]]:
         url = _url(config, which)
         device = next(model.parameters()).device
-        batches = _read(config, url)
-        found = extract_features(model, batches, mean=config.data.mean, std=config.data.std, device=device)
+        with autocast(resolve_precision(config.train.precision, device.type), device):
+            found = extract_features(model, _read(config, url), mean=config.data.mean, std=config.data.std, device=device)
         return found, np.asarray(load_index(url).sources)
 
     train, train_sources = features("train")
