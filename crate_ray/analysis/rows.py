@@ -12,12 +12,15 @@ from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
 
 
-def read_row(folder: RunFolder, *, split: str = "test", raw_pixels_top1: float = math.nan) -> ComparisonRow:
+def read_row(
+    folder: RunFolder, *, split: str = "test", name: str | None = None, raw_pixels_top1: float = math.nan
+) -> ComparisonRow:
     """Reads a run's row.
 
     Args:
         folder: A finished run that was probed on `split`.
         split: "validation" or "test".
+        name: What figures and tables call it; the run's name where there is none.
         raw_pixels_top1: Accuracy of the probe on pixels, which belongs to the data.
 
     Raises:
@@ -29,7 +32,7 @@ def read_row(folder: RunFolder, *, split: str = "test", raw_pixels_top1: float =
     probe = _require(folder, f"probe_{split}.json", f"run `crate-ray probe{flag} {folder.uri}` first")
     values, judged, cost = final["values"], probe["values"], final["cost"]
     return ComparisonRow(
-        name=folder.name,
+        name=name or folder.name,
         family=config.model.family,
         recipe=config.recipe,
         params_trainable=cost["parameters"]["trainable"],

@@ -18,7 +18,8 @@ from crate_ray.config import RunConfig
 if TYPE_CHECKING:
     from crate_ray.runs import RunFolder
 
-RECIPES = ("digits_crate_mae", "digits_mae", "digits_mae_small")
+# recipe: what figures and tables call it
+RECIPES = {"digits_crate_mae": "CRATE-MAE", "digits_mae": "MAE", "digits_mae_small": "MAE, equal parameters"}
 
 
 def quickstart(
@@ -85,12 +86,12 @@ def _compare(folders: "list[RunFolder]", out: Path, overrides: list[str]) -> dic
     from crate_ray.analysis import ReportMeta, compare_parts_of, read_row, write_report
 
     pixels = _probe(folders, out)
-    rows = [read_row(folder, raw_pixels_top1=pixels) for folder in folders]
+    rows = [read_row(folder, name=name, raw_pixels_top1=pixels) for folder, name in zip(folders, RECIPES.values(), strict=True)]
     command = " ".join(["crate-ray quickstart", *(f"--set {item}" for item in overrides)])
     meta = ReportMeta(
         title="CRATE-MAE and MAE on the handwritten digits",
         commands=(command,),
-        fingerprints={folder.name: compare_parts_of(folder) for folder in folders},
+        fingerprints={row.name: compare_parts_of(folder) for row, folder in zip(rows, folders, strict=True)},
     )
     write_report(rows, out, meta)
     return dict(json.loads((out / "comparison.json").read_text()))
@@ -123,7 +124,7 @@ def _log(study: Any, out: Path, headline: str) -> None:
 
 def _print(result: dict[str, Any], out: Path) -> None:
     rows = result["rows"]
-    header = ("", *(row["recipe"].removeprefix("digits_") for row in rows))
+    header = ("", *(row["name"] for row in rows))
     lines = [
         ("parameters, trainable", *(f"{row['params_trainable']:,}" for row in rows)),
         ("parameters, encoder", *(f"{row['params_encoder']:,}" for row in rows)),
@@ -151,14 +152,14 @@ def _print(result: dict[str, Any], out: Path) -> None:
     console.print(f"time     {seconds}; {sum(result['seconds'].values()):.0f} s in all", style="dim", soft_wrap=True)
 
 
-def _percent(estimate: dict[str, float] | list[float]) -> str:
-    value, low, high = estimate.values() if isinstance(estimate, dict) else estimate
-    return f"{100 * value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+def _percent(estimate: dict[str, float]) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
 
 
-def _points(estimate: dict[str, float] | list[float]) -> str:
-    value, low, high = estimate.values() if isinstance(estimate, dict) else estimate
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _points(estimate: dict[str, float]) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 class _Stages:

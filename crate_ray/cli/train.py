@@ -28,10 +28,10 @@ def train(
         plan(config, as_json=as_json)
         return
     from crate_ray.cli.study import Study
-    from crate_ray.training.prepare import absolute_paths, data_digest
+    from crate_ray.training.prepare import absolute_paths, locate_run
 
-    data_digest(config)  # a wrong path is said before anything starts
     config = absolute_paths(config)
+    locate_run(config)  # a wrong path or name is said before tracking is set up
     with Study(config) as study:
         outcome = study.train(config)
     summary = summarise(outcome, study.links())

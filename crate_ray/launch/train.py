@@ -18,7 +18,7 @@ from crate_ray import storage
 from crate_ray.config import RunConfig
 from crate_ray.launch.cluster import connect, resolve_scale
 from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
-from crate_ray.training.prepare import prepare_run
+from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 
 POLL_S = 0.2
 EXIT_GRACE_S = 15.0  # for the last report and the teardown of workers, after the checkpoint
@@ -59,12 +59,15 @@ def launch_training(
         ConfigError: The run cannot start; nothing was written but a new, empty folder.
         LeaseLostError: Another driver took the run over.
     """
+    config = absolute_paths(config)
+    folder = locate_run(config)
+    if is_finished(folder):
+        return RunOutcome(folder, config, "FINISHED", was_finished=True)
+    Lease.check_free(folder)  # what refuses the run without a cluster refuses it before one is started
     connect()
     config = config.model_copy(update={"scale": resolve_scale(config.scale)})
     device_type = "cuda" if config.scale.use_gpu else "cpu"
     config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
-    if is_finished(folder):
-        return RunOutcome(folder, config, "FINISHED", was_finished=True)
     lease = Lease.take(folder)
     on_start(folder, config)
     with StopSignals() as signals:

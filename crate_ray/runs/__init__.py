@@ -1,6 +1,6 @@
 """The run folder: layout, records, status, lease, fingerprint check. No torch, ray or mlflow here."""
 
-from crate_ray.runs.create import git_state, is_finished, open_run, versions
+from crate_ray.runs.create import find_run, git_state, is_finished, open_run, versions
 from crate_ray.runs.folder import RunFolder, list_runs
 from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
 from crate_ray.runs.records import Record, RecordTail, RecordWriter, decode_number, encode_number, merge_records, read_records
@@ -31,6 +31,7 @@ __all__ = [
     "WorkerContext",
     "decode_number",
     "encode_number",
+    "find_run",
     "git_state",
     "is_finished",
     "list_runs",

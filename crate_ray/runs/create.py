@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, RunConfig, run_name
+from crate_ray.config import ConfigError, RunConfig, digest, run_name
 from crate_ray.runs.folder import RunFolder
 from crate_ray.runs.status import read_status
 
@@ -43,15 +43,29 @@ def open_run(
     Raises:
         ConfigError: The name belongs to a run of another configuration; the keys that differ are listed.
     """
-    name = run_name(config, fingerprint["resume"]["digest"])
-    folder = RunFolder(uri or storage.join(config.storage.path, name))
-    existing = folder.read_json("fingerprint.json")
-    if existing is None:
+    folder = find_run(config, fingerprint["resume"]["parts"], uri=uri)
+    if folder.read_json("fingerprint.json") is None:
         folder.write_json("fingerprint.json", fingerprint)
         folder.write_json("run_meta.json", _meta(config, kind, study, parent_uid))
-    elif existing["resume"]["digest"] != fingerprint["resume"]["digest"]:
-        raise ConfigError(_differences(folder, existing["resume"]["parts"], fingerprint["resume"]["parts"]))
     folder.write_config(config)
+    return folder
+
+
+def find_run(config: RunConfig, resume_parts: dict[str, Any], *, uri: str | None = None) -> RunFolder:
+    """The folder that a run has or would have; writes nothing.
+
+    Args:
+        config: The resolved configuration.
+        resume_parts: What `config.resume_parts` gives for it.
+        uri: The folder, where it is not storage.path/name.
+
+    Raises:
+        ConfigError: The name belongs to a run of another configuration; the keys that differ are listed.
+    """
+    folder = RunFolder(uri or storage.join(config.storage.path, run_name(config, digest(resume_parts))))
+    existing = folder.read_json("fingerprint.json")
+    if existing is not None and existing["resume"]["digest"] != digest(resume_parts):
+        raise ConfigError(_differences(folder, existing["resume"]["parts"], resume_parts))
     return folder
 
 

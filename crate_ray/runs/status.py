@@ -75,6 +75,21 @@ class Lease:
         Raises:
             ConfigError: Another live driver holds it.
         """
+        cls.check_free(folder)
+        previous = read_status(folder)
+        now = time.time()
+        status = Status("RUNNING", (previous.attempt if previous else 0) + 1, now, now)
+        lease = cls(folder, uuid.uuid4().hex, status)
+        lease.beat(force=True)
+        return lease
+
+    @classmethod
+    def check_free(cls, folder: RunFolder) -> None:
+        """Refuses a folder that another live driver holds.
+
+        Raises:
+            ConfigError: Who holds it.
+        """
         held = folder.read_json("lease.json")
         if held is not None and time.time() - held["heartbeat"] < LEASE_SECONDS and not _is_dead(held):
             raise ConfigError(
@@ -82,12 +97,6 @@ class Lease:
                 f"{time.time() - held['heartbeat']:.0f} s ago); stop that one, wait {LEASE_SECONDS:.0f} s, "
                 "or give this run another name"
             )
-        previous = read_status(folder)
-        now = time.time()
-        status = Status("RUNNING", (previous.attempt if previous else 0) + 1, now, now)
-        lease = cls(folder, uuid.uuid4().hex, status)
-        lease.beat(force=True)
-        return lease
 
     @property
     def attempt(self) -> int:

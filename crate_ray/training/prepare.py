@@ -6,9 +6,9 @@ Everything that can refuse a run refuses it here, before a cluster is touched.
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, RunConfig, digest, fingerprint
+from crate_ray.config import RunConfig, digest, fingerprint, resume_parts
 from crate_ray.data import load_index
-from crate_ray.runs import RunFolder, open_run
+from crate_ray.runs import RunFolder, find_run, open_run
 from crate_ray.training.precision import resolve_precision
 
 
@@ -30,6 +30,18 @@ def data_digest(config: RunConfig) -> str:
     if config.data.eval is not None:
         parts["eval"] = load_index(config.data.eval).digest
     return digest(parts)
+
+
+def locate_run(config: RunConfig) -> RunFolder:
+    """The folder that the run has or would have; reads the data's index and writes nothing.
+
+    Args:
+        config: With absolute paths.
+
+    Raises:
+        ConfigError: No such data, or a name that another configuration has.
+    """
+    return find_run(config, resume_parts(config, data_digest(config)))
 
 
 def prepare_run(
@@ -63,14 +75,3 @@ def prepare_run(
     identity = fingerprint(config, data_digest(config), precision)
     folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, uri=uri)
     return config, folder
-
-
-def require_splits(config: RunConfig, *splits: str) -> None:
-    """Checks that the recipe names the splits that a verb needs.
-
-    Raises:
-        ConfigError: One is missing.
-    """
-    for split in splits:
-        if getattr(config.data, split) is None:
-            raise ConfigError(f"data.{split} is not set; this verb reads it: give --set data.{split}=PATH")

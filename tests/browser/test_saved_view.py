@@ -17,7 +17,6 @@ from crate_ray.tracking.server import free_port
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning"),  # MLflow's own, with a newer SQLAlchemy
 ]
 _WAIT_MS = 60_000
 _EXPERIMENT = "crate-mae/saved-view"

@@ -9,8 +9,6 @@ import pytest
 from crate_ray.runs import read_status
 from crate_ray.tracking.server import free_port
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's own, with a newer SQLAlchemy
-
 
 def test_sync_sends_runs_once_and_reap_closes_dead_ones(invoke, make_run, tmp_path):
     make_run("done", train__loss=0.3)

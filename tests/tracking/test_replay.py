@@ -11,8 +11,6 @@ from crate_ray.runs import Lease, RecordWriter, RunFolder
 from crate_ray.tracking import sync
 from crate_ray.tracking.replay import MARKER
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's own, with a newer SQLAlchemy
-
 
 def write(folder: RunFolder, steps: range, *, attempt: int = 1, key: str = "train/loss") -> None:
     writer = RecordWriter(folder, attempt)

@@ -17,8 +17,6 @@ from crate_ray.config import ConfigError
 from crate_ray.tracking import CURVES, EFFICIENCY, initialise, serve, write_views
 from crate_ray.tracking.server import free_port
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's own, with a newer SQLAlchemy
-
 
 def view_of(client: Any, experiment_id: str, view_id: str) -> tuple[str, dict[str, Any]]:
     tag = client.get_experiment(experiment_id).tags[f"mlflow.sharedViewState.{view_id}"]
