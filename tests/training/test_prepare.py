@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.training.prepare import data_digest, prepare_run, require_splits
+from crate_ray.training.prepare import data_digest, prepare_run
 
 LoadTiny = Callable[..., RunConfig]
 
@@ -47,9 +47,3 @@ def test_a_store_that_cannot_be_written_refuses_the_run(load_tiny: LoadTiny, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         prepare_run(load_tiny(f"storage.path={tmp_path / 'file' / 'runs'}"), device_type="cpu")
-
-
-def test_a_split_that_a_verb_needs_is_asked_for(load_tiny: LoadTiny) -> None:
-    require_splits(load_tiny(), "eval", "test")
-    with pytest.raises(ConfigError, match=r"data\.test is not set.*--set data\.test=PATH"):
-        require_splits(load_tiny("data.test=null"), "eval", "test")
