@@ -58,8 +58,9 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """Appends path components with single slashes."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)]) or "/"
+    """Appends path components with single slashes; a query such as `?region=eu-west-1` stays at the end."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return ("/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) or "/") + mark + query
 
 
 def open_store(uri: str) -> tuple[fs.FileSystem, str]:

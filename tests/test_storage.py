@@ -102,3 +102,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path: Pat
     (tmp_path / "file").write_text("a file where a folder is needed")
     with pytest.raises(ConfigError, match=r"storage\.path = .*file/runs' cannot be written"):
         storage.check_writable(str(tmp_path / "file" / "runs"))
+
+
+def test_a_query_stays_behind_the_path() -> None:
+    assert storage.join("s3://bucket/runs?region=eu-west-1", "a", "b") == "s3://bucket/runs/a/b?region=eu-west-1"
+    assert storage.join("/what?/runs", "a") == "/what?/runs/a"

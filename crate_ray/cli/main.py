@@ -27,6 +27,12 @@ app.command("models")(models.models)
 app.add_typer(tracking.app, name="tracking")
 
 
+_TORCH_PAIR = (
+    "the installed torch and torchvision were not built for each other (an operator of torchvision is missing); "
+    "install two of one release: python -m pip install --upgrade torch torchvision"
+)
+
+
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"crate-ray {__version__}")
@@ -51,3 +57,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        errors.print(f"[bold red]error:[/bold red] {escape(_TORCH_PAIR)}", soft_wrap=True)
+        sys.exit(2)

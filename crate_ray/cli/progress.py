@@ -11,7 +11,7 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from crate_ray.cli.output import errors
-from crate_ray.runs import Record, RecordTail, RunFolder
+from crate_ray.runs import SEGMENT_SECONDS, Record, RecordTail, RunFolder
 
 LINE_EVERY_S = 10.0
 
@@ -34,6 +34,7 @@ class RunProgress:
         self._values: dict[str, float] = {}
         self._first: Record | None = None
         self._last_line = 0.0
+        self._next_read = 0.0
 
     def __enter__(self) -> Self:
         if self._is_terminal:
@@ -46,14 +47,16 @@ class RunProgress:
 
     def follow(self, folder: RunFolder, *, total: int, attempt: int) -> None:
         """Turns to a run of `total` steps; records of earlier attempts are not shown."""
+        self._read_every_s = 0.0 if folder.is_local else SEGMENT_SECONDS / 2
         self._tail, self._attempt, self._total, self._name = RecordTail(folder), attempt, total, folder.name
         self._values, self._step, self._first = {}, 0, None
         self._task = self._bar.add_task(folder.name, total=total, detail="starting workers")
 
     def poll(self) -> None:
         """Shows what came since the last call."""
-        if self._tail is None:
+        if self._tail is None or time.monotonic() < self._next_read:
             return
+        self._next_read = time.monotonic() + self._read_every_s
         for record in self._tail.poll():
             if record.attempt == self._attempt:
                 self._take(record)

@@ -40,10 +40,9 @@ def quickstart(
     from crate_ray.cli.study import Study
     from crate_ray.launch.cluster import connect
 
-    with stages.time("Ray and MLflow"):
-        study = Study(configs[0])
+    with stages.time("Ray"):
         connect()
-    with study:
+    with Study(configs[0]) as study:
         folders: list[RunFolder] = []
         for config in configs:
             with stages.time(f"train {config.recipe}"):
@@ -129,15 +128,15 @@ def _print(result: dict[str, Any], out: Path) -> None:
         ("parameters, trainable", *(f"{row['params_trainable']:,}" for row in rows)),
         ("parameters, encoder", *(f"{row['params_encoder']:,}" for row in rows)),
         ("training GFLOPs an image", *(f"{row['training_gflops_per_image']:.3f}" for row in rows)),
-        ("images/s", *(f"{row['images_per_s']:.0f}" for row in rows)),
+        ("images/s", *(_number(row["images_per_s"], ".0f") for row in rows)),
         ("training seconds", *(f"{row['train_seconds']:.0f}" for row in rows)),
         ("mask ratio", *(f"{row['mask_ratio']:g}" for row in rows)),
-        ("validation loss", *(f"{row['eval_loss']:.4f}" for row in rows)),
+        ("validation loss", *(_number(row["eval_loss"], ".4f") for row in rows)),
         ("probe top-1", *(_percent(row["probe_top1"]) for row in rows)),
         ("untrained encoder", *(f"{100 * row['control_top1']:.1f}%" for row in rows)),
         ("gain, points", *(_points(row["gain"]) for row in rows)),
-        ("10 labels a class", *(f"{100 * row['fewshot10_top1']:.1f}%" for row in rows)),
-        ("50 labels a class", *(f"{100 * row['fewshot50_top1']:.1f}%" for row in rows)),
+        ("10 labels a class", *(_number(row["fewshot10_top1"], ".1%") for row in rows)),
+        ("50 labels a class", *(_number(row["fewshot50_top1"], ".1%") for row in rows)),
         ("kNN", *(f"{100 * row['knn_top1']:.1f}%" for row in rows)),
         ("cls token", *(f"{100 * row['cls_top1']:.1f}%" for row in rows)),
     ]
@@ -150,6 +149,11 @@ def _print(result: dict[str, Any], out: Path) -> None:
         console.print(f"         then {result['links']['experiment']}", soft_wrap=True)
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     console.print(f"time     {seconds}; {sum(result['seconds'].values()):.0f} s in all", style="dim", soft_wrap=True)
+
+
+def _number(value: float | str, form: str) -> str:
+    """A number of comparison.json; one that was not measured is the string "NaN" there."""
+    return "-" if isinstance(value, str) else format(value, form)
 
 
 def _percent(estimate: dict[str, float]) -> str:

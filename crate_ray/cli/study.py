@@ -1,7 +1,7 @@
 """What every verb that trains shares: the mirror, the progress display, and one run through Ray Train.
 
-A Study is one MLflow experiment with the runs of one command. The driver initialises the tracking
-store before workers exist, and follows every run folder while it is written.
+A Study is one MLflow experiment with the runs of one command. The tracking store is opened when the
+first run has its folder and before its workers exist: a command that is refused leaves nothing behind.
 """
 
 from types import TracebackType
@@ -14,6 +14,7 @@ from crate_ray.runs import RunFolder, read_status
 
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
+    from crate_ray.tracking import Mirror
 
 
 class Study:
@@ -28,8 +29,7 @@ class Study:
 
         self.uri = config.tracking.uri or tracking.default_uri(config.storage.path)
         self.experiment = config.tracking.experiment
-        tracking.initialise(self.uri, self.experiment)
-        self.mirror = tracking.Mirror(self.uri, self.experiment)
+        self._mirror: Mirror | None = None
         self._progress = RunProgress()
 
     def __enter__(self) -> Self:
@@ -38,7 +38,9 @@ class Study:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.__exit__(kind, error, trace)
-        summary = self.mirror.close()
+        if self._mirror is None:
+            return
+        summary = self._mirror.close()
         if summary.error is not None:
             errors.print(
                 f"[yellow]MLflow did not take everything ({summary.error}); the run folder has it, "
@@ -51,18 +53,27 @@ class Study:
 
         study = self.experiment.rsplit("/", 1)[-1]
         outcome = launch_training(config, study=study, on_start=self._started, on_poll=self._progress.poll)
-        self.mirror.follow(outcome.folder)
+        if outcome.was_finished:
+            self._follow(outcome.folder)
         return outcome
 
     def links(self) -> dict[str, Any]:
         """Addresses in the tracking UI."""
-        return self.mirror.links()
+        return self._mirror.links() if self._mirror is not None else {"experiment": None, "runs": {}}
+
+    def _follow(self, folder: RunFolder) -> None:
+        from crate_ray import tracking
+
+        if self._mirror is None:
+            tracking.initialise(self.uri, self.experiment)
+            self._mirror = tracking.Mirror(self.uri, self.experiment)
+        self._mirror.follow(folder)
 
     def _started(self, folder: RunFolder, config: RunConfig) -> None:
         from crate_ray.data import load_index
         from crate_ray.training.schedule import total_steps
 
-        self.mirror.follow(folder)
+        self._follow(folder)
         status = read_status(folder)
         total = total_steps(config, load_index(config.data.train).num_samples)
         self._progress.follow(folder, total=total, attempt=status.attempt if status else 1)

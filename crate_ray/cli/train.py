@@ -11,14 +11,12 @@ from crate_ray.config import RunConfig, dump_yaml
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
 
-EXIT_CODES = {"FINISHED": 0, "FAILED": 1}
-
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
     overrides: Set = [],  # noqa: B006  typer reads the default
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, check data and storage, start nothing.")
+        bool, typer.Option("--dry-run", help="Print what would run, check the data and the name, start nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,8 +41,10 @@ def train(
 
 
 def exit_code(outcome: "RunOutcome") -> int:
-    """0 finished, 1 failed, 128 + the signal that stopped it."""
-    return EXIT_CODES.get(outcome.state, 128 + (outcome.signal or 15))
+    """0 finished, 128 + the signal that stopped it, 1 for any other end."""
+    if outcome.state == "FINISHED":
+        return 0
+    return 1 if outcome.signal is None or outcome.state == "FAILED" else 128 + outcome.signal
 
 
 def summarise(outcome: "RunOutcome", links: dict[str, Any]) -> dict[str, Any]:
@@ -77,22 +77,21 @@ def plan(config: RunConfig, *, as_json: bool) -> None:
     """Prints what a run would be; reads the data's index and writes nothing."""
     import math
 
-    from crate_ray.config import fingerprint, run_name
     from crate_ray.data import load_index
     from crate_ray.models.cost import count_parameters, training_flops_per_image
-    from crate_ray.training.prepare import absolute_paths, data_digest
+    from crate_ray.training.prepare import absolute_paths, locate_run
     from crate_ray.training.schedule import total_steps, warmup_steps
 
     config = absolute_paths(config)
+    folder = locate_run(config)
     samples = load_index(config.data.train).num_samples
-    identity = fingerprint(config, data_digest(config), config.train.precision)
     steps = total_steps(config, samples)
     rows = math.ceil(config.train.global_batch / config.scale.num_workers)
     parameters = count_parameters(config.model)
     flops = training_flops_per_image(config.model)
     facts = {
-        "run": run_name(config, identity["resume"]["digest"]),
-        "folder": f"{config.storage.path}/{run_name(config, identity['resume']['digest'])}",
+        "run": folder.name,
+        "folder": folder.uri,
         "samples": samples,
         "steps": steps,
         "epochs": round(steps * config.train.global_batch / samples, 2),

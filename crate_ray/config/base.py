@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 class Frozen(BaseModel):
     """A strict, immutable configuration section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: dict[str, Any], *, where: str = "") -> Self:

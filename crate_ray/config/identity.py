@@ -68,11 +68,11 @@ def run_name(config: RunConfig, resume_digest: str) -> str:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping of dotted keys."""
+    """Nested mappings as one mapping of dotted keys; None is left out, so that a new optional key changes no digest."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))
-        else:
+        elif value is not None:
             flat[prefix + key] = value
     return flat

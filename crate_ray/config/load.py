@@ -87,6 +87,8 @@ def _apply(values: dict[str, Any], item: str) -> None:
         if not isinstance(nested, dict):
             raise ConfigError(f"--set {item}: '{part}' holds a value, not a section with keys of its own")
         current = nested
+    if key == "model.preset":
+        current.clear()  # a preset is a whole model; keys set after it adjust it
     try:
         current[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:

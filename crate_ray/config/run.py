@@ -4,12 +4,15 @@ In: a recipe with overrides. Out: a RunConfig whose every key is resolved. The d
 give a run its identity are in `identity`; this file only says what the keys mean.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from crate_ray.config.base import Frozen
 from crate_ray.config.model import ModelConfig
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Positive = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(Frozen):
@@ -25,7 +28,7 @@ class DataConfig(Frozen):
     crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area range of the random crop, as a share of the image")
     flip: bool = Field(True, description="mirror half of the images when augmenting")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="per channel, of pixels in [0, 1]")
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(89_478_485, ge=1, description="larger images are refused from their header, before decoding")
     on_error: Literal["replace", "raise"] = "replace"
     max_replaced_fraction: float = Field(
@@ -46,7 +49,7 @@ class OptimizerConfig(Frozen):
     lr: float | None = Field(None, gt=0, description="peak learning rate")
     base_lr: float | None = Field(None, gt=0, description="peak learning rate for a batch of 256; scaled linearly")
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
 
     @model_validator(mode="after")
@@ -85,7 +88,7 @@ class TrainConfig(Frozen):
     micro_batch: int | None = Field(
         None, ge=1, description="images a worker puts through at once; less than its share accumulates"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device has it in hardware"
     )
@@ -145,10 +148,8 @@ class TrackingConfig(Frozen):
 class RunConfig(Frozen):
     """A whole run. `RunConfig.load(recipe_or_path, overrides)` makes one (see `config.load`)."""
 
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="default: <recipe>-<8 hex of the resume digest>"
-    )
-    recipe: str = "custom"
+    name: str | None = Field(None, pattern=NAME_PATTERN, description="default: <recipe>-<8 hex of the resume digest>")
+    recipe: str = Field("custom", pattern=NAME_PATTERN)
     task: Literal["pretrain"] = "pretrain"
     model: ModelConfig
     data: DataConfig

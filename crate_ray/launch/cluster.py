@@ -24,12 +24,23 @@ _ENVIRONMENT = {
 CONNECT_TIMEOUT_S = 10.0
 
 
+GROW_TIMEOUT_S = 900  # a worker group waits so long for nodes that an autoscaler still has to start
+
+
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs of the cluster at its largest."""
+    """What the cluster has now, node by node, and the totals that an autoscaler could grow it to."""
 
-    cpus: float
-    gpus: float
+    nodes: tuple[dict[str, float], ...]
+    limit: dict[str, float]
+
+    def total(self, resource: str) -> float:
+        """Sum over the live nodes."""
+        return sum(node.get(resource, 0.0) for node in self.nodes)
+
+    def workers(self, need: dict[str, float]) -> int:
+        """How many workers of this need fit now; one worker never spans two nodes."""
+        return sum(min(int(node.get(key, 0.0) // amount) for key, amount in need.items()) for node in self.nodes)
 
 
 def connect() -> str:
@@ -48,19 +59,38 @@ def connect() -> str:
             os.environ.setdefault(key, value)
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            _check_reachable(address)
+            check_address(address)
         try:
             # "local" always starts one: the default would join whatever cluster happens to run on this machine.
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-        except (ConnectionError, RuntimeError) as error:
-            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS = '{address}': {error}") from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ConfigError(f"{_said(address)}: {error}") from None
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _check_reachable(address: str) -> None:
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
+def _said(address: str | None) -> str:
+    if address is None:
+        return "cannot start Ray on this machine"
+    return (
+        f"cannot join the Ray cluster at RAY_ADDRESS = '{address}' (one that was started with a token wants "
+        "RAY_AUTH_MODE=token and the same token here)"
+    )
+
+
+def check_address(address: str) -> None:
+    """Refuses an address where nothing answers, within CONNECT_TIMEOUT_S.
+
+    Raises:
+        ConfigError: Not host:port, or nobody listens there.
+    """
+    if address in ("auto", "local"):
         return
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS = '{address}' is not host:port of a cluster's head, as `ray start --head` prints it; a ray:// client "
+            "address cannot run training: start the command on the cluster instead (`ray job submit`)"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
@@ -71,13 +101,18 @@ def _check_reachable(address: str) -> None:
 
 
 def capacity() -> Capacity:
-    """What the cluster has, or could grow to where it has an autoscaler."""
+    """What the cluster has, and could grow to where it has an autoscaler."""
     import ray
     from ray._private.state import state
 
-    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     limit = state.get_max_resources_from_cluster_config() or {}
-    return Capacity(cpus=max(now.get("CPU", 0.0), limit.get("CPU", 0.0)), gpus=max(now.get("GPU", 0.0), limit.get("GPU", 0.0)))
+    return Capacity(nodes, {key: float(value) for key, value in limit.items()})
+
+
+def worker_need(scale: ScaleConfig) -> dict[str, float]:
+    """Ray resources of one worker."""
+    return {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.use_gpu is True else {})
 
 
 def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
@@ -87,17 +122,21 @@ def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
         ConfigError: More CPUs or GPUs are asked for than the cluster can have.
     """
     have = capacity()
-    use_gpu = have.gpus >= scale.num_workers if scale.use_gpu == "auto" else scale.use_gpu
-    needed_cpus = scale.num_workers * scale.cpus_per_worker
-    if needed_cpus > have.cpus:
-        fit = int(have.cpus // scale.cpus_per_worker)
-        raise ConfigError(
-            f"scale.num_workers = {scale.num_workers} needs {needed_cpus:g} CPUs, the cluster has {have.cpus:g}; "
-            f"use at most {fit} workers, or set scale.cpus_per_worker lower"
-        )
-    if use_gpu and scale.num_workers > have.gpus:
-        raise ConfigError(
-            f"scale.num_workers = {scale.num_workers} with scale.use_gpu = true needs as many GPUs, the cluster has "
-            f"{have.gpus:g}; use fewer workers, or scale.use_gpu=false"
-        )
-    return scale.model_copy(update={"use_gpu": use_gpu})
+    gpus = max(have.total("GPU"), have.limit.get("GPU", 0.0))
+    scale = scale.model_copy(update={"use_gpu": gpus >= scale.num_workers if scale.use_gpu == "auto" else scale.use_gpu})
+    need = worker_need(scale)
+    fit = have.workers(need)
+    if fit >= scale.num_workers:
+        return scale
+    if have.limit and all(scale.num_workers * amount <= have.limit.get(key, 0.0) for key, amount in need.items()):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROW_TIMEOUT_S))
+        return scale
+    asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
+    there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
+    fix = f"use at most {fit} workers, or lower scale.cpus_per_worker" if fit else "lower scale.cpus_per_worker, or add nodes"
+    if scale.use_gpu and gpus < scale.num_workers:
+        fix += ", or set scale.use_gpu=false"
+    raise ConfigError(
+        f"scale.num_workers = {scale.num_workers} of {asked} each do not fit: the cluster's nodes have {there}, "
+        f"room for {fit}; {fix}"
+    )

@@ -25,7 +25,8 @@ def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "tuple[list[V
     """
     connect()
     pixels = _judge_pixels.remote(folders[0].uri, split)
-    verdicts = [_judge.remote(folder.uri, split) for folder in folders]
+    gpus = [1 if folder.read_config().scale.use_gpu else 0 for folder in folders]
+    verdicts = [_judge.options(num_gpus=gpu).remote(folder.uri, split) for folder, gpu in zip(folders, gpus, strict=True)]
     found: Any = ray.get([*verdicts, pixels])
     return found[:-1], found[-1]
 

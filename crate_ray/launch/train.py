@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
-from crate_ray.launch.cluster import connect, resolve_scale
+from crate_ray.launch.cluster import connect, resolve_scale, worker_need
 from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 
@@ -66,41 +66,62 @@ def launch_training(
     Lease.check_free(folder)  # what refuses the run without a cluster refuses it before one is started
     connect()
     config = config.model_copy(update={"scale": resolve_scale(config.scale)})
-    device_type = "cuda" if config.scale.use_gpu else "cpu"
-    config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
-    lease = Lease.take(folder)
-    on_start(folder, config)
+    storage.check_writable(config.storage.path)
     with StopSignals() as signals:
-        fit = _Fit(config, folder, lease.attempt)
+        lease = Lease.take(folder)
         try:
-            state, reason = _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
-            lease.end(state, reason)
+            device_type = "cuda" if config.scale.use_gpu else "cpu"
+            config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
+            on_start(folder, config)
+            state, reason = _run(config, folder, lease, signals, on_poll)
         except LeaseLostError:
-            fit.abort()
             raise
+        except BaseException as error:
+            lease.end(
+                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", f"driver: {type(error).__name__}: {error}"
+            )
+            raise
+        lease.end(state, reason)
     on_poll()
     return RunOutcome(folder, config, state, reason, signal=signals.received)
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, lease: Lease, signals: "StopSignals", on_poll: Callable[[], None]
+) -> tuple[State, str | None]:
+    """Fits, and leaves no worker behind when the driver itself fails."""
+    fit = _Fit(config, folder, lease.attempt)
+    try:
+        return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
+    except BaseException:
+        fit.abort()
+        raise
 
 
 def _follow(
     fit: "_Fit", lease: Lease, signals: "StopSignals", grace_s: float, on_poll: Callable[[], None]
 ) -> tuple[State, str | None]:
-    """Waits for the fit, passing a stop on to the workers once."""
+    """Waits for the fit, passing a stop on to the workers."""
     deadline: float | None = None
     while fit.is_running():
         fit.wait(POLL_S)
         lease.beat()
         on_poll()
-        if signals.received is not None and deadline is None:
+        if signals.received is not None:
             fit.stop()
-            deadline = time.monotonic() + grace_s + EXIT_GRACE_S
+            deadline = deadline or time.monotonic() + grace_s + EXIT_GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             fit.abort()
             name = signal.Signals(signals.received or signal.SIGTERM).name
             return "KILLED", f"{name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
     state, reason = fit.end()
-    if state == "KILLED" and signals.received is not None:
-        reason = f"{signal.Signals(signals.received).name}; a checkpoint was written"
+    if state == "KILLED":
+        cause = (
+            signal.Signals(signals.received).name
+            if signals.received is not None
+            else "the workers lost the driver's stop switch"
+        )
+        reason = f"{cause}; a checkpoint was written"
     return state, reason
 
 
@@ -187,19 +208,20 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     from ray.train.v2.api.config import RunConfig as RayRunConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    resources = {"CPU": config.scale.cpus_per_worker}
-    if config.scale.use_gpu:
-        resources["GPU"] = 1
+    store, path = storage.open_store(folder.uri)
     return TorchTrainer(
         worker,
         train_loop_config=payload,
         scaling_config=ScalingConfig(
-            num_workers=config.scale.num_workers, use_gpu=bool(config.scale.use_gpu), resources_per_worker=resources
+            num_workers=config.scale.num_workers,
+            use_gpu=bool(config.scale.use_gpu),
+            resources_per_worker=worker_need(config.scale),
         ),
         torch_config=TorchConfig(backend="nccl" if config.scale.use_gpu else "gloo"),
         run_config=RayRunConfig(
             name=folder.name,
-            storage_path=folder.uri.rsplit("/", 1)[0],
+            storage_path=path.rsplit("/", 1)[0],
+            storage_filesystem=None if folder.is_local else store,
             failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
             logging_config=LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": {"RAY_ADDRESS": connect()}},

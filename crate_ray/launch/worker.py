@@ -20,7 +20,7 @@ from crate_ray.training.loop import TrainingDivergedError, run_training
 POLL_S = 0.5
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0)
 class StopSwitch:
     """Carries the driver's wish to stop to the workers."""
 
@@ -56,11 +56,11 @@ class RayContext:
                 if ray.get(switch.is_set.remote(), timeout=10):
                     self._stop.set()
                     return
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.ActorDiedError:
                 self._stop.set()  # the driver is gone: save and end
                 return
+            except ray.exceptions.RayError:
+                continue  # a passing fault of the network; the next poll asks again
 
     def stop_requested(self) -> bool:
         """See WorkerContext."""

@@ -18,6 +18,7 @@ from crate_ray.config import ConfigError, RunConfig, digest, run_name
 from crate_ray.runs.folder import RunFolder
 from crate_ray.runs.status import read_status
 
+_UNSET = "unset"
 _PACKAGES = ("crate-ray", "torch", "torchvision", "ray", "mlflow", "webdataset", "numpy", "pyarrow", "pydantic")
 
 
@@ -44,9 +45,10 @@ def open_run(
         ConfigError: The name belongs to a run of another configuration; the keys that differ are listed.
     """
     folder = find_run(config, fingerprint["resume"]["parts"], uri=uri)
+    if folder.read_json("run_meta.json") is None:
+        folder.write_json("run_meta.json", _meta(config, kind, study, parent_uid))
     if folder.read_json("fingerprint.json") is None:
         folder.write_json("fingerprint.json", fingerprint)
-        folder.write_json("run_meta.json", _meta(config, kind, study, parent_uid))
     folder.write_config(config)
     return folder
 
@@ -69,6 +71,15 @@ def find_run(config: RunConfig, resume_parts: dict[str, Any], *, uri: str | None
     return folder
 
 
+def record_precision(folder: RunFolder, precision: str) -> None:
+    """Corrects the precision that comparisons see to the one that the workers used; the driver could only guess."""
+    fingerprint = folder.read_json("fingerprint.json")
+    if fingerprint is None or fingerprint["compare"]["parts"]["precision"] == precision:
+        return
+    parts = {**fingerprint["compare"]["parts"], "precision": precision}
+    folder.write_json("fingerprint.json", {**fingerprint, "compare": {"digest": digest(parts), "parts": parts}})
+
+
 def is_finished(folder: RunFolder) -> bool:
     """Whether the run ended well and there is nothing left to do."""
     status = read_status(folder)
@@ -76,8 +87,8 @@ def is_finished(folder: RunFolder) -> bool:
 
 
 def _differences(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys]
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key, _UNSET) != new.get(key, _UNSET))
+    lines = [f"  {key}: {old.get(key, _UNSET)} there, {new.get(key, _UNSET)} here" for key in keys]
     return (
         f"run name '{folder.name}' belongs to another configuration in {folder.uri}; these keys differ:\n"
         + "\n".join(lines)

@@ -27,7 +27,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The run's name, which is the folder's."""
-        return self.uri.rsplit("/", 1)[-1]
+        return self.uri.partition("?")[0].rsplit("/", 1)[-1]
 
     @property
     def is_local(self) -> bool:

@@ -155,12 +155,12 @@ def _parse(text: str) -> list[Record]:
 
 
 def merge_records(records: list[Record]) -> list[Record]:
-    """One record for each step, sorted: for a (key, step) the highest attempt wins, and in it the last written."""
+    """One record for each step, sorted: for a (key, step) the highest attempt wins, and in it the latest."""
     newest: dict[tuple[int, str], Record] = {}
     for record in records:
         for key in record.values:
             held = newest.get((record.step, key))
-            if held is None or record.attempt >= held.attempt:
+            if held is None or (record.attempt, record.time) >= (held.attempt, held.time):
                 newest[(record.step, key)] = record
     by_step: dict[int, list[tuple[str, Record]]] = {}
     for (step, key), record in newest.items():

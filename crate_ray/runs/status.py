@@ -5,6 +5,8 @@ driver, so that two drivers cannot write one folder: the second is refused until
 beaten for LEASE_SECONDS. Not a lock against malice; clocks are assumed to agree within seconds.
 """
 
+import fcntl
+import logging
 import os
 import socket
 import time
@@ -16,9 +18,12 @@ from crate_ray import storage
 from crate_ray.config import ConfigError
 from crate_ray.runs.folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 State = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 LEASE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 15.0
+SETTLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,31 @@ class Lease:
         now = time.time()
         status = Status("RUNNING", (previous.attempt if previous else 0) + 1, now, now)
         lease = cls(folder, uuid.uuid4().hex, status)
+        lease._claim()
         lease.beat(force=True)
         return lease
+
+    def _claim(self) -> None:
+        """Writes the lease so that of two drivers at once only one gets it.
+
+        On a local disk a file lock orders them. An object store has none: the last writer wins, and after SETTLE_SECONDS
+        both read who that was.
+        """
+        if self._folder.is_local:
+            storage.make_dir(self._folder.uri)
+            with storage.local_path(self._folder.path(".lease.lock")).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.check_free(self._folder)
+                self._folder.write_json("lease.json", self._body(time.time()))
+            return
+        self._folder.write_json("lease.json", self._body(time.time()))
+        time.sleep(SETTLE_SECONDS)
+        held = self._folder.read_json("lease.json")
+        if held is None or held["owner"] != self._owner:
+            raise ConfigError(f"run '{self._folder.name}' was taken by another driver at this moment; watch that one instead")
+
+    def _body(self, now: float) -> dict[str, object]:
+        return {"owner": self._owner, "heartbeat": now, "host": socket.gethostname(), "pid": os.getpid()}
 
     @classmethod
     def check_free(cls, folder: RunFolder) -> None:
@@ -113,13 +141,18 @@ class Lease:
             return
         if not force:
             self._check_held()
-        self._last_beat = time.monotonic()
         now = time.time()
-        self._folder.write_json(
-            "lease.json", {"owner": self._owner, "heartbeat": now, "host": socket.gethostname(), "pid": os.getpid()}
-        )
         self.status = Status("RUNNING", self.status.attempt, self.status.started, now)
-        write_status(self._folder, self.status)
+        try:
+            self._folder.write_json("lease.json", self._body(now))
+            write_status(self._folder, self.status)
+        except OSError as error:
+            # A store that refuses for a moment must not end a run; the lease lasts four beats.
+            log.warning("no heartbeat in %s: %s", self._folder.uri, error)
+            if force or time.monotonic() - self._last_beat > LEASE_SECONDS:
+                raise
+            return
+        self._last_beat = time.monotonic()
 
     def end(self, state: State, reason: str | None = None) -> None:
         """Writes how the run ended and gives the folder back; LeaseLostError where it is another's by now."""
@@ -130,7 +163,11 @@ class Lease:
         storage.delete(self._folder.path("lease.json"))
 
     def _check_held(self) -> None:
-        held = self._folder.read_json("lease.json")
+        try:
+            held = self._folder.read_json("lease.json")
+        except OSError as error:
+            log.warning("cannot read the lease in %s: %s", self._folder.uri, error)
+            return
         if held is None or held["owner"] != self._owner:
             raise LeaseLostError(f"run '{self._folder.name}' was taken over by another driver; this one leaves it alone")
 

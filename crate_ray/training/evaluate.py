@@ -77,8 +77,11 @@ class Evaluator:
     def _features(self, model: MaskedAutoencoder, url: str | None, ids: np.ndarray) -> Features:
         device = next(model.parameters()).device
         data = self._config.data
-        with autocast(self._precision, device):
-            mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
+        if len(ids) <= self._rank:  # fewer images than workers: this one has none
+            mine = _no_features(self._config.model.width)
+        else:
+            with autocast(self._precision, device):
+                mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
         if self._world_size == 1:
             return mine
         parts: list[Features] = [mine] * self._world_size
@@ -95,7 +98,12 @@ class Evaluator:
             num_loaders=config.data.num_loaders,
             sample_ids=ids[self._rank :: self._world_size],
             noise_size=config.model.num_patches if noise else 0,
+            max_pixels=config.data.max_pixels,
         )
+
+
+def _no_features(width: int) -> Features:
+    return Features(np.empty((0, width), np.float32), np.empty((0, width), np.float32), np.empty(0, np.int64))
 
 
 def _spread(num_samples: int, wanted: int | None) -> np.ndarray:

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.distributed as dist
+
 from crate_ray.config import RunConfig
 from crate_ray.data import Reader, load_index, open_reader
 from crate_ray.models import MaskedAutoencoder, create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
-from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext
+from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
 from crate_ray.training.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -130,13 +132,21 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _restore(self) -> Checkpoint | None:
-        checkpoint = latest_checkpoint(self.folder)
+        checkpoint = self._agreed_checkpoint()
         if checkpoint is None:
             return None
         self.model.load_state_dict(checkpoint.read(MODEL_FILE))
         restore_optimizer(self.model, self.optimizer, checkpoint.read(OPTIMIZER_FILE))
         log.info("resuming %s from step %d", self.folder.name, checkpoint.step)
         return checkpoint
+
+    def _agreed_checkpoint(self) -> Checkpoint | None:
+        """Rank 0's newest: on shared storage another rank may not see it yet, or see an older one."""
+        if self.context.world_size == 1:
+            return latest_checkpoint(self.folder)
+        chosen = [latest_checkpoint(self.folder) if self.context.rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        return chosen[0]
 
     def _open_reader(self, cursor: int) -> Reader:
         data, context = self.config.data, self.context
@@ -176,7 +186,8 @@ class Trainer:
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
                 self._log(lr)
-            self._evaluate()
+            if not self.is_stopping or self.step == self.total:
+                self._evaluate()
             if self.is_saving or self._is_due(self.config.checkpoint.every_steps, at_end=False):
                 self._save()
         self._save()
@@ -289,6 +300,7 @@ class Trainer:
             "final/train_pflops": flops * images / 1e15,
             "final/train_hours": self.train_seconds / 3600,
         }
+        record_precision(self.folder, self.precision)
         if self._eval_loss is not None:
             values["final/eval_loss"] = self._eval_loss
         if self.throughput.images_per_s is not None:

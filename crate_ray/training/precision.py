@@ -1,8 +1,8 @@
 """Device and precision of a worker, chosen once and written down."""
 
 import logging
+import os
 import shutil
-import sys
 
 import torch
 
@@ -34,7 +34,7 @@ def resolve_precision(precision: str, device_type: str) -> str:
     if precision != "auto":
         return precision
     if device_type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
@@ -44,12 +44,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs; warns once when it has not."""
-    if device.type == "cuda":
+    """Whether torch.compile has what it needs, a C++ compiler on a CPU and a C compiler on a GPU; warns when it has not."""
+    names = ("cc", "gcc", "clang") if device.type == "cuda" else ("c++", "g++", "clang++")
+    if any(shutil.which(name) for name in (os.environ.get("CC" if device.type == "cuda" else "CXX"), *names) if name):
         return True
-    if sys.platform != "win32" and any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return True
-    log.warning("train.compile = true needs a C++ compiler (g++ or clang++) on a CPU and none is installed; running uncompiled")
+    log.warning("train.compile = true needs a compiler (%s) and none is installed; running uncompiled", ", ".join(names))
     return False
 
 

@@ -41,6 +41,8 @@ def locate_run(config: RunConfig) -> RunFolder:
     Raises:
         ConfigError: No such data, or a name that another configuration has.
     """
+    if config.data.test is not None:
+        load_index(config.data.test)  # missed now, not after the training
     return find_run(config, resume_parts(config, data_digest(config)))
 
 

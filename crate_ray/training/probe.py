@@ -16,9 +16,9 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import load_index, read_all
 from crate_ray.evaluation.features import Features, extract_features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, paired_gain
-from crate_ray.evaluation.probes import PROBE_PROTOCOL, Judgement, Rows, judge, raw_pixel_probe
+from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
 from crate_ray.models import MaskedAutoencoder, create_model
-from crate_ray.runs import RecordWriter, RunFolder, read_status
+from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
 from crate_ray.training.loop import write_final
 from crate_ray.training.precision import autocast, choose_device, resolve_precision
@@ -38,15 +38,17 @@ class Verdict:
 
 
 def probe_run(folder: RunFolder, *, split: Split = "validation") -> Verdict:
-    """Judges the newest checkpoint of a run, and records the result in its folder.
+    """Judges the last checkpoint of a finished run, and records the result in its folder.
+
+    A verdict on validation never replaces one on test in the run's final values.
 
     Raises:
-        ConfigError: No checkpoint, or the split is missing or without labels.
+        ConfigError: The run is not finished, or the split is missing or without labels.
     """
     config = folder.read_config()
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        raise ConfigError(f"run '{folder.name}' has no checkpoint to probe; train it first")
+    if checkpoint is None or not is_finished(folder):
+        raise ConfigError(f"run '{folder.name}' is not finished; train it to its end first, then probe it")
     verdict = judge_encoder(config, checkpoint, split=split)
     _record(folder, checkpoint.step, verdict)
     return verdict
@@ -68,7 +70,7 @@ def untrained(config: RunConfig) -> MaskedAutoencoder:
     torch.manual_seed(config.train.seed)
     model = create_model(config.model)
     assert isinstance(model, MaskedAutoencoder)
-    return model.to(choose_device("auto", 0))
+    return model.to(choose_device("auto" if config.scale.use_gpu else False, 0))
 
 
 def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
@@ -104,7 +106,13 @@ def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgeme
 
 
 def _read(config: RunConfig, url: str):  # type: ignore[no-untyped-def]
-    return read_all(url, batch_size=READ_BATCH, image_size=config.model.image_size, num_loaders=config.data.num_loaders)
+    return read_all(
+        url,
+        batch_size=READ_BATCH,
+        image_size=config.model.image_size,
+        num_loaders=config.data.num_loaders,
+        max_pixels=config.data.max_pixels,
+    )
 
 
 def _url(config: RunConfig, which: Literal["train"] | Split) -> str:
@@ -134,12 +142,13 @@ def final_values(verdict: Verdict) -> dict[str, float]:
 
 
 def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
-    status = read_status(folder)
-    writer = RecordWriter(folder, status.attempt if status else 1)
-    try:
-        write_final(folder, writer, step, final_values(verdict))
-    finally:
-        writer.close()
+    if verdict.split == "test" or folder.read_json("probe_test.json") is None:
+        status = read_status(folder)
+        writer = RecordWriter(folder, status.attempt if status else 1)
+        try:
+            write_final(folder, writer, step, final_values(verdict))
+        finally:
+            writer.close()
     folder.write_json(
         f"probe_{verdict.split}.json",
         {
@@ -152,6 +161,10 @@ def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
     )
 
 
+def _few(result: FewLabelResult | None) -> dict[str, float] | None:
+    return None if result is None else {"mean": result.mean, "std_over_draws": result.std}
+
+
 def _intervals(verdict: Verdict) -> dict[str, Any]:
     def triple(interval: Interval) -> list[float]:
         return [interval.value, interval.low, interval.high]
@@ -162,4 +175,7 @@ def _intervals(verdict: Verdict) -> dict[str, Any]:
         "control_top1": triple(verdict.control.mean_token.top1),
         "gain": triple(verdict.gain),
         "chosen_c": verdict.trained.mean_token.chosen_c,
+        "control_knn_top1": verdict.control.knn_top1,
+        "few_labels": {str(n): _few(result) for n, result in verdict.trained.few_labels.items()},
+        "control_few_labels": {str(n): _few(result) for n, result in verdict.control.few_labels.items()},
     }

@@ -99,9 +99,7 @@ class TrainStep:
         self._module: nn.Module = loss
         if world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            self._module = DistributedDataParallel(
-                loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._module = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY)
 
     def __call__(self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False) -> "PendingOutcome":
         """Runs one update.
@@ -134,10 +132,8 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for start in range(0, rows, size):
             part = slice(start, start + size)
-            images, noise, weights = (
-                tensor[part].to(self.device, non_blocking=True)
-                for tensor in (batch.images_BCHW, batch.noise_BN, batch.weights_B)
-            )
+            tensors = (batch.images_BCHW, batch.noise_BN, batch.weights_B)
+            images, noise, weights = (self._to_device(tensor[part]) for tensor in tensors)
             is_last = start + size >= rows
             with self._accumulating(is_last), autocast(self._precision, self.device):
                 loss = self._module(images, noise, weights) * self._scale
@@ -145,6 +141,12 @@ class TrainStep:
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
+        """A copy that a GPU overlaps with its work needs page-locked memory."""
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def _accumulating(self, is_last: bool) -> "nullcontext[None]":
         """Only the last micro-batch communicates gradients."""

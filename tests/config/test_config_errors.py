@@ -114,3 +114,25 @@ def test_every_preset_is_a_whole_model(preset: str) -> None:
     config = ModelConfig.parse({"preset": preset})
     assert all(value is not None for key, value in config.model_dump().items() if key != "num_classes")
     assert len(config.per_layer("ista_lambda")) == config.encoder_depth
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.betas=[1.5, 0.9]",
+        "data.std=[0, 0.2, 0.2]",
+        "optimizer.lr=.inf",
+        "train.seed=99999999999999999999999",
+        "model.mask_ratio=.nan",
+        "recipe=../../elsewhere",
+    ],
+)
+def test_a_number_that_would_only_fail_in_a_worker_is_refused_with_its_key(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        RunConfig.load("digits_crate_mae", [override])
+
+
+def test_a_preset_replaces_the_recipes_model_and_later_keys_adjust_it() -> None:
+    config = RunConfig.load("digits_crate_mae", ["model.preset=mae_base", "model.image_size=32", "model.patch_size=4"])
+    assert (config.model.family, config.model.width, config.model.decoder_width) == ("vit", 768, 512)
+    assert config.model.image_size == 32

@@ -49,7 +49,7 @@ def test_a_changed_configuration_under_a_taken_name_is_refused_with_the_keys_tha
     with pytest.raises(ConfigError) as caught:
         opened(load(tmp_path, "name=mine", "optimizer.lr=1e-3", "model.encoder_depth=2"))
     message = str(caught.value)
-    assert "optimizer.lr: 0.0015 there, 0.001 here" in message
+    assert "optimizer.lr: 0.0005 there, 0.001 here" in message
     assert "model.encoder_depth: 4 there, 2 here" in message
     assert "weight_decay" not in message
     assert folder.read_config() == before

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,17 @@ def test_a_driver_that_slept_while_another_took_over_leaves_the_run_alone(tmp_pa
     status = read_status(folder)
     assert status is not None
     assert status.state == "RUNNING"
+
+
+def test_of_drivers_that_start_at_the_same_moment_one_gets_the_run(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+
+    def take(_: int) -> bool:
+        try:
+            Lease.take(folder)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, range(8))) == 1

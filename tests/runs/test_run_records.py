@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_ray.runs import Record, RecordTail, RecordWriter, RunFolder, read_records
+from crate_ray.runs import Record, RecordTail, RecordWriter, RunFolder, merge_records, read_records
 
 
 class SegmentedFolder(RunFolder):
@@ -148,3 +148,10 @@ def test_segments_are_never_rewritten_and_an_empty_flush_writes_none(tmp_path: P
 def test_a_run_without_records_has_an_empty_history(tmp_path: Path) -> None:
     assert read_records(RunFolder(str(tmp_path))) == []
     assert read_records(SegmentedFolder(str(tmp_path))) == []
+
+
+def test_a_worker_group_that_went_back_in_the_same_attempt_wins_by_time() -> None:
+    # Ray restarts a group from a checkpoint without a new attempt; segments of a store come in the order of their names.
+    again = Record(200, time=20.0, attempt=1, values={"train/loss": 2.0})
+    before = Record(200, time=10.0, attempt=1, values={"train/loss": 1.0})
+    assert merge_records([again, before])[0].values == {"train/loss": 2.0}

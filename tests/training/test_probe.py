@@ -1,0 +1,51 @@
+"""Probing a finished run: what is recorded where, and what is refused."""
+
+from collections.abc import Callable
+
+import pytest
+
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.runs import Lease, RunFolder
+from crate_ray.training.loop import LocalContext, run_training
+from crate_ray.training.prepare import prepare_run
+from crate_ray.training.probe import probe_run
+
+LoadTiny = Callable[..., RunConfig]
+
+
+def train(config: RunConfig) -> RunFolder:
+    config, folder = prepare_run(config, device_type="cpu")
+    lease = Lease.take(folder)
+    run_training(config, folder, LocalContext(lease.attempt))
+    lease.end("FINISHED")
+    return folder
+
+
+def test_a_verdict_on_validation_never_replaces_one_on_test(load_tiny: LoadTiny) -> None:
+    folder = train(load_tiny("train.steps=3"))
+    chosen = probe_run(folder, split="validation")
+    final = folder.read_json("final.json")
+    assert final is not None
+    assert final["values"]["final/probe_top1"] == pytest.approx(chosen.trained.mean_token.top1.value, rel=1e-3)
+
+    reported = probe_run(folder, split="test")
+    tested = folder.read_json("final.json")
+    probe_run(folder, split="validation")
+    assert tested is not None
+    assert tested["values"]["final/probe_top1"] == pytest.approx(reported.trained.mean_token.top1.value, rel=1e-3)
+    assert folder.read_json("final.json") == tested
+    assert tested["cost"] == final["cost"]
+
+
+def test_the_control_is_the_encoder_that_the_first_step_found(load_tiny: LoadTiny) -> None:
+    folder = train(load_tiny("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0"))
+    verdict = probe_run(folder, split="validation")
+    assert verdict.trained.mean_token.top1 == verdict.control.mean_token.top1
+    assert verdict.trained.knn_top1 == verdict.control.knn_top1
+    assert (verdict.gain.value, verdict.gain.low, verdict.gain.high) == (0, 0, 0)
+
+
+def test_a_run_that_is_not_finished_is_refused(load_tiny: LoadTiny) -> None:
+    _, folder = prepare_run(load_tiny(), device_type="cpu")
+    with pytest.raises(ConfigError, match="is not finished; train it to its end first"):
+        probe_run(folder, split="validation")
