@@ -17,15 +17,14 @@ from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command("quickstart")(quickstart.quickstart)
-app.command("doctor")(doctor.doctor)
-app.add_typer(data.app, name="data")
-app.command("train")(train.train)
-app.command("runs")(runs.runs)
-app.command("probe")(probe.probe)
-app.command("models")(models.models)
-app.add_typer(tracking.app, name="tracking")
-
+app.command("quickstart", short_help="The main job on embedded data.")(quickstart.quickstart)
+app.command("doctor", short_help="What would fail later, found now.")(doctor.doctor)
+app.add_typer(data.app, name="data", short_help="Build, index and inspect shards.")
+app.command("train", short_help="Pretrain one model; again resumes.")(train.train)
+app.command("runs", short_help="List runs and their states.")(runs.runs)
+app.command("probe", short_help="Judge the features of finished runs.")(probe.probe)
+app.command("models", short_help="Presets: parameters and GFLOPs.")(models.models)
+app.add_typer(tracking.app, name="tracking", short_help="MLflow: open, catch up, close dead runs.")
 
 _TORCH_PAIR = (
     "the installed torch and torchvision were not built for each other (an operator of torchvision is missing); "

@@ -60,6 +60,8 @@ def connect() -> str:
         address = os.environ.get("RAY_ADDRESS")
         if address:
             check_address(address)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a cluster of our own, without its notice
         try:
             # "local" always starts one: the default would join whatever cluster happens to run on this machine.
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
