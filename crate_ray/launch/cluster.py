@@ -60,8 +60,8 @@ def connect() -> str:
         address = os.environ.get("RAY_ADDRESS")
         if address:
             check_address(address)
-        else:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a cluster of our own, without its notice
+        else:  # Ray gives a cluster of our own a token by itself, and says so in three lines
+            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         try:
             # "local" always starts one: the default would join whatever cluster happens to run on this machine.
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
