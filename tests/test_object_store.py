@@ -1,8 +1,5 @@
 """A run folder in a bucket: a real S3 server on this machine, through pyarrow."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,37 +9,22 @@ from crate_ray.runs import Lease, RecordTail, RecordWriter, RunFolder, list_runs
 from crate_ray.training.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URL of an empty bucket."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs
-
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    query = f"endpoint_override={host}%3A{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    store, _ = fs.FileSystem.from_uri(f"s3://runs-bucket?{query}")
-    store.create_dir("runs-bucket")
-    yield f"s3://runs-bucket/study?{query}"
-    server.stop()
-    patch.undo()
+@pytest.fixture
+def study(bucket: str) -> str:
+    """A folder in the bucket, which need not exist."""
+    return storage.join(bucket, "study")
 
 
 @pytest.fixture
-def folder(bucket: str, request: pytest.FixtureRequest) -> RunFolder:
-    config = RunConfig.load("digits_crate_mae", [f"storage.path={bucket}", f"name={request.node.name[-50:]}"])
+def folder(study: str, request: pytest.FixtureRequest) -> RunFolder:
+    config = RunConfig.load("digits_crate_mae", [f"storage.path={study}", f"name={request.node.name[-50:]}"])
     return open_run(config, fingerprint(config, "0" * 64, "float32"))
 
 
-def test_a_run_is_created_found_and_read_back(folder: RunFolder, bucket: str) -> None:
+def test_a_run_is_created_found_and_read_back(folder: RunFolder, study: str) -> None:
     assert folder.uri.partition("?")[0] == f"s3://runs-bucket/study/{folder.name}"
     assert folder.read_config().train.steps == 600
-    assert folder.name in [run.name for run in list_runs(bucket)]
+    assert folder.name in [run.name for run in list_runs(study)]
     assert storage.read_text(folder.path("config.yaml")).startswith("# schema_version")
 
 
@@ -88,7 +70,7 @@ def test_a_lease_in_a_bucket_refuses_a_second_driver(folder: RunFolder, monkeypa
     assert not storage.exists(folder.path("lease.json"))
 
 
-def test_a_bucket_that_is_not_there_is_one_message(bucket: str, tmp_path: Path) -> None:
-    missing = bucket.replace("runs-bucket", "no-such-bucket").replace("&allow_bucket_creation=true", "")
+def test_a_bucket_that_is_not_there_is_one_message(study: str) -> None:
+    missing = study.replace("runs-bucket", "no-such-bucket").replace("&allow_bucket_creation=true", "")
     with pytest.raises(ConfigError, match=r"storage\.path = .* cannot be written"):
         storage.check_writable(missing)

@@ -46,6 +46,8 @@ def cluster() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="cr-ray-")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # workers get the environment of the cluster's start
+        os.environ[key] = "test"
     ray.init(num_cpus=4, _temp_dir=folder, log_to_driver=False, include_dashboard=True)
     address = ray.get_runtime_context().gcs_address
     os.environ["RAY_ADDRESS"] = address
