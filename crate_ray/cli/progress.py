@@ -8,12 +8,16 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from crate_ray.cli.output import errors
 from crate_ray.runs import SEGMENT_SECONDS, Record, RecordTail, RunFolder
 
 LINE_EVERY_S = 10.0
+WIDE = 116  # columns from which evaluation is shown too
+_ALWAYS = {"train/loss": "loss {:.4f}", "perf/images_per_s": "{:.0f} images/s", "perf/data_wait_fraction": "wait {:.0%}"}
+_WHERE_WIDE = {"eval/loss": "eval {:.4f}", "eval/knn_top1": "kNN {:.1%}"}
 
 
 class RunProgress:
@@ -21,11 +25,10 @@ class RunProgress:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
             console=errors,
             transient=False,
         )
@@ -73,16 +76,9 @@ class RunProgress:
             errors.print(f"{self._name}  step {self._step}/{self._total}  {detail}", soft_wrap=True)
 
     def _detail(self, record: Record) -> str:
-        parts = []
-        for key, text in (
-            ("train/loss", "loss {:.4f}"),
-            ("eval/loss", "eval {:.4f}"),
-            ("eval/knn_top1", "kNN {:.1%}"),
-            ("perf/images_per_s", "{:.0f} images/s"),
-            ("perf/data_wait_fraction", "wait {:.0%}"),
-        ):
-            if key in self._values:
-                parts.append(text.format(self._values[key]))
+        is_wide = not self._is_terminal or errors.width >= WIDE
+        shown = _ALWAYS | _WHERE_WIDE if is_wide else _ALWAYS
+        parts = [text.format(self._values[key]) for key, text in shown.items() if key in self._values]
         first = self._first
         if first is not None and self._step > first.step:
             left_s = (record.time - first.time) / (self._step - first.step) * (self._total - self._step)

@@ -63,6 +63,8 @@ def summarise(outcome: "RunOutcome", links: dict[str, Any]) -> dict[str, Any]:
 
 def _print(summary: dict[str, Any]) -> None:
     state = f"{summary['state']} ({summary['reason']})" if summary["reason"] else summary["state"]
+    if summary["state"] == "KILLED":
+        state += "; the same command goes on from there"
     if summary["was_finished"]:
         state += " before; nothing was run. Its result:"
     console.print(f"{summary['run']}: {state}", soft_wrap=True)
