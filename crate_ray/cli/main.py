@@ -15,6 +15,7 @@ from crate_ray import __version__
 from crate_ray.cli import data, doctor, models, probe, quickstart, runs, tracking, train
 from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
+from crate_ray.runs import LeaseLostError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("quickstart", short_help="The main job on embedded data.")(quickstart.quickstart)
@@ -54,6 +55,9 @@ def main() -> None:
     except ConfigError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+    except LeaseLostError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
