@@ -8,6 +8,7 @@ from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
+    from crate_ray.evaluation.intervals import Interval
     from crate_ray.training.probe import Verdict
 
 
@@ -20,6 +21,7 @@ def probe(
 ) -> None:
     """Judge the features of finished runs: linear probe, few labels, kNN, beside the untrained encoder."""
     from crate_ray.config import ConfigError
+    from crate_ray.evaluation.probes import FEW_LABELS
     from crate_ray.runs import RunFolder
     from crate_ray.training.probe import final_values, probe_raw_pixels, probe_run
 
@@ -40,27 +42,25 @@ def probe(
         values = {name: {**final_values(verdict), "raw_pixels_top1": raw[name]} for name, verdict in verdicts.items()}
         print_json({"split": split, "runs": values})
         return
-    rows = []
-    for name, verdict in verdicts.items():
-        top1, control, gain = verdict.trained.mean_token.top1, verdict.control.mean_token.top1, verdict.gain
-        few = [_few(verdict, per_class) for per_class in (10, 50)]
-        rows.append(
-            (
-                name,
-                f"{top1.value:.1%} [{top1.low:.1%}, {top1.high:.1%}]",
-                f"{control.value:.1%}",
-                f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]",
-                f"{verdict.trained.cls_token.top1.value:.1%}",
-                *few,
-                f"{verdict.trained.knn_top1:.1%} ({verdict.control.knn_top1:.1%})",
-                f"{raw[name]:.1%}",
-            )
-        )
-    header = ("run", "probe top-1", "untrained", "gain, points", "cls", "10 labels", "50 labels", "kNN", "raw pixels")
-    print_table(header, rows, title=f"on {split}; in brackets: the same encoder untrained")
+    found = list(verdicts.values())
+    lines = [
+        ("linear probe, mean token", *(_beside(v.trained.mean_token.top1, v.control.mean_token.top1) for v in found)),
+        ("gain, points", *(f"{100 * v.gain.value:+.1f} [{100 * v.gain.low:+.1f}, {100 * v.gain.high:+.1f}]" for v in found)),
+        ("linear probe, cls token", *(_beside(v.trained.cls_token.top1, v.control.cls_token.top1) for v in found)),
+        *((f"{n} labels a class", *(_few(v, n) for v in found)) for n in FEW_LABELS),
+        ("kNN", *(_beside(v.trained.knn, v.control.knn) for v in found)),
+        ("raw pixels, no model", *(f"{raw[name]:.1%}" for name in verdicts)),
+    ]
+    print_table(
+        ("", *verdicts), lines, title=f"on {split}, 95% intervals over source images; in brackets: the same encoder untrained"
+    )
     console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
 
 
 def _few(verdict: "Verdict", per_class: int) -> str:
     trained, control = verdict.trained.few_labels.get(per_class), verdict.control.few_labels.get(per_class)
-    return f"{trained.mean:.1%} ({control.mean:.1%})" if trained is not None and control is not None else "-"
+    return _beside(trained.top1, control.top1) if trained is not None and control is not None else "-"
+
+
+def _beside(trained: "Interval", control: "Interval") -> str:
+    return f"{trained.value:.1%} [{trained.low:.1%}, {trained.high:.1%}] ({control.value:.1%})"

@@ -87,14 +87,14 @@ class FewLabelResult:
     """Linear probes on few labelled source images, one for each draw of them.
 
     Attributes:
-        mean: Judged accuracy, averaged over draws.
+        top1: Judged accuracy, averaged over draws; the interval resamples source images.
         std: Standard deviation over draws (n - 1).
         chosen_c: Inverse regularisation with the best validation accuracy, averaged over draws.
         top1_by_draw: Judged accuracy of each draw at that C.
         protocol: Version of the rules above.
     """
 
-    mean: float
+    top1: Interval
     std: float
     chosen_c: float
     top1_by_draw: tuple[float, ...]
@@ -108,7 +108,7 @@ class Judgement:
     mean_token: ProbeResult
     cls_token: ProbeResult
     few_labels: dict[int, FewLabelResult | None]
-    knn_top1: float
+    knn: Interval
     protocol: int = PROBE_PROTOCOL
 
 
@@ -149,7 +149,11 @@ def judge(
         mean_token=linear_probe(*mean, seed=seed),
         cls_token=linear_probe(*cls, seed=seed),
         few_labels={n: few_label_probe(*mean, per_class=n, seed=seed) if n <= available else None for n in FEW_LABELS},
-        knn_top1=knn_top1(train.mean_ND, train.labels_N, judged.mean_ND, judged.labels_N, device=device),
+        knn=accuracy_interval(
+            knn_correct(train.mean_ND, train.labels_N, judged.mean_ND, judged.labels_N, device=device),
+            judged_sources,
+            seed=seed,
+        ),
     )
 
 
@@ -227,13 +231,17 @@ def few_label_probe(
         raise ConfigError(
             f"{per_class} labels a class, but the smallest class has {available} source images; ask for at most {available}"
         )
-    scores = np.empty((2, draws, len(C_GRID)))
+    chosen_by = np.empty((draws, len(C_GRID)))
+    correct = np.empty((draws, len(C_GRID), len(judged.labels_N)), dtype=bool)
     for draw, rows in enumerate(draw_few_labels(train.labels_N, train.sources_N, per_class=per_class, draws=draws, seed=seed)):
         for column, fit in enumerate(_fit_grid(train.features_ND[rows], train.labels_N[rows])):
-            scores[:, draw, column] = _correct(fit, validation).mean(), _correct(fit, judged).mean()
-    best = int(np.argmax(scores[0].mean(axis=0)))
-    top1 = scores[1, :, best]
-    return FewLabelResult(float(top1.mean()), float(top1.std(ddof=1)), C_GRID[best], tuple(top1.tolist()))
+            chosen_by[draw, column] = _correct(fit, validation).mean()
+            correct[draw, column] = _correct(fit, judged)
+    best = int(np.argmax(chosen_by.mean(axis=0)))
+    # A row's value is the share of draws that answered it: resampling sources then keeps the draws as they are.
+    interval = accuracy_interval(correct[:, best].mean(axis=0), judged.sources_N, seed=seed)
+    top1 = correct[:, best].mean(axis=1)
+    return FewLabelResult(interval, float(top1.std(ddof=1)), C_GRID[best], tuple(top1.tolist()))
 
 
 def draw_few_labels(
@@ -268,7 +276,22 @@ def knn_top1(
     temperature: float = KNN_TEMPERATURE,
     device: torch.device | str | None = None,
 ) -> float:
-    """Top-1 of a weighted vote among the k most similar training rows.
+    """Accuracy of `knn_correct`, with the same arguments; what the training loop records."""
+    correct = knn_correct(train_ND, train_labels, query_QD, query_labels, k=k, temperature=temperature, device=device)
+    return float(correct.mean())
+
+
+def knn_correct(
+    train_ND: ArrayLike | torch.Tensor,
+    train_labels: ArrayLike | torch.Tensor,
+    query_QD: ArrayLike | torch.Tensor,
+    query_labels: ArrayLike | torch.Tensor,
+    *,
+    k: int = KNN_NEIGHBOURS,
+    temperature: float = KNN_TEMPERATURE,
+    device: torch.device | str | None = None,
+) -> CorrectArray:
+    """Which queries a weighted vote among the k most similar training rows answers correctly.
 
     score(c) = sum over the k neighbours i with y_i = c of exp(cos(q, x_i) / temperature), as in
     Wu et al. (2018), section 3.4, which DINO's evaluation follows. Cheap enough for the training loop.
@@ -287,15 +310,15 @@ def knn_top1(
     train_labels_N = torch.as_tensor(train_labels).to(train.device)
     query_labels_Q = torch.as_tensor(query_labels).to(train.device)
     num_classes = int(train_labels_N.max()) + 1
-    hits = 0
+    correct = []
     for start in range(0, len(query), _KNN_CHUNK):
         chunk_QD, labels_Q = query[start : start + _KNN_CHUNK], query_labels_Q[start : start + _KNN_CHUNK]
         similarity_QK, neighbour_QK = (chunk_QD @ train.T).topk(min(k, len(train)), dim=1)
         # Relative to similarity 1, the largest there is; a small temperature would overflow otherwise.
         weight_QK = ((similarity_QK - 1) / temperature).exp()
         votes_QC = weight_QK.new_zeros(len(chunk_QD), num_classes).scatter_add_(1, train_labels_N[neighbour_QK], weight_QK)
-        hits += int((votes_QC.argmax(dim=1) == labels_Q).sum())
-    return hits / len(query)
+        correct.append(votes_QC.argmax(dim=1) == labels_Q)
+    return np.asarray(torch.cat(correct).cpu().numpy())
 
 
 def _fit_grid(features_ND: FloatArray, labels_N: LabelArray, *, standardise: bool = True) -> "Sequence[Pipeline]":

@@ -131,11 +131,11 @@ def final_values(verdict: Verdict) -> dict[str, float]:
         "final/probe_top1_gain": verdict.gain.value,
         "final/control_top1": control.mean_token.top1.value,
         "final/cls_top1": trained.cls_token.top1.value,
-        "final/knn_top1": trained.knn_top1,
+        "final/knn_top1": trained.knn.value,
     }
     for per_class, result in trained.few_labels.items():
         if result is not None:
-            values[f"final/fewshot{per_class}_top1"] = result.mean
+            values[f"final/fewshot{per_class}_top1"] = result.top1.value
     if trained.few_labels.get(10) is not None:
         values["final/fewshot_top1"] = values["final/fewshot10_top1"]
     return values
@@ -161,8 +161,10 @@ def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
     )
 
 
-def _few(result: FewLabelResult | None) -> dict[str, float] | None:
-    return None if result is None else {"mean": result.mean, "std_over_draws": result.std}
+def _few(result: FewLabelResult | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    return {"top1": [result.top1.value, result.top1.low, result.top1.high], "std_over_draws": result.std}
 
 
 def _intervals(verdict: Verdict) -> dict[str, Any]:
@@ -175,7 +177,8 @@ def _intervals(verdict: Verdict) -> dict[str, Any]:
         "control_top1": triple(verdict.control.mean_token.top1),
         "gain": triple(verdict.gain),
         "chosen_c": verdict.trained.mean_token.chosen_c,
-        "control_knn_top1": verdict.control.knn_top1,
+        "knn_top1": triple(verdict.trained.knn),
+        "control_knn_top1": triple(verdict.control.knn),
         "few_labels": {str(n): _few(result) for n, result in verdict.trained.few_labels.items()},
         "control_few_labels": {str(n): _few(result) for n, result in verdict.control.few_labels.items()},
     }

@@ -41,7 +41,7 @@ def test_the_control_is_the_encoder_that_the_first_step_found(load_tiny: LoadTin
     folder = train(load_tiny("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0"))
     verdict = probe_run(folder, split="validation")
     assert verdict.trained.mean_token.top1 == verdict.control.mean_token.top1
-    assert verdict.trained.knn_top1 == verdict.control.knn_top1
+    assert verdict.trained.knn == verdict.control.knn
     assert (verdict.gain.value, verdict.gain.low, verdict.gain.high) == (0, 0, 0)
 
 
