@@ -1,4 +1,4 @@
-"""crate-ray: pretraining and sweeps of CRATE-MAE and MAE on Ray.
+"""crate-ray: pretraining of CRATE-MAE and MAE on Ray.
 
 Importing this package does nothing: no rooms are loaded, no device is touched.
 """

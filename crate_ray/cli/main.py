@@ -43,7 +43,7 @@ def _show_version(value: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
-    """Pretrain CRATE-MAE and MAE on Ray, sweep their shape, compare them in MLflow."""
+    """Pretrain CRATE-MAE and MAE on Ray, and compare them in MLflow."""
 
 
 def main() -> None:
