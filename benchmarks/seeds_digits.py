@@ -41,6 +41,7 @@ def run_seed(recipe: str, overrides: list[str]) -> str:
 
 def main() -> None:
     """Runs all seeds and prints the table."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported here: the pool's processes inherit its threads
     from crate_ray.analysis import aggregate_seeds, format_table, headline, read_row
     from crate_ray.runs import RunFolder
 
@@ -49,7 +50,6 @@ def main() -> None:
     parser.add_argument("--out", default="out/seeds")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     splits = {"train": "train", "eval": "validation", "test": "test"}
     common = [*(f"data.{key}={options.data}/{split}" for key, split in splits.items()), f"storage.path={options.out}"]
     common += ["data.num_loaders=1", "eval.probe_every_steps=null"]
