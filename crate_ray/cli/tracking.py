@@ -62,6 +62,7 @@ def ui(
     # Before the server starts: two processes that open a fresh database at once break its migration.
     ids = {name: initialise(store, name) for name in experiments}
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it as ignored
     with serve(store, host, port) as server:
         views = {name: view_url(server.url, found) for name, found in ids.items() if found is not None}
         try:

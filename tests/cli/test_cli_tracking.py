@@ -1,9 +1,9 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from crate_ray.runs import read_status
@@ -84,7 +84,8 @@ def test_ui_prints_the_saved_view_and_ends_its_server_when_stopped(make_run, tmp
             assert process.wait(60) == code
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    started.kill()
     assert _is_free(port)
 
 
