@@ -1,5 +1,5 @@
 """`python -m crate_ray VERB`."""
 
-from crate_ray.cli.main import main
+from crate_ray.cli.main import run
 
-main()
+run()

@@ -5,6 +5,7 @@ traceback; 1 failure; 130 and 143 stopped by SIGINT and SIGTERM after a checkpoi
 """
 
 import logging
+import os
 import sys
 import warnings
 
@@ -33,6 +34,9 @@ _TORCH_PAIR = (
 )
 
 
+EXIT_REFUSED = 2
+
+
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"crate-ray {__version__}")
@@ -46,15 +50,31 @@ def options(
     """Pretrain CRATE-MAE and MAE on Ray, and compare them in MLflow."""
 
 
+def run() -> None:
+    """Entry point of the process: `main`, and an exit that keeps its code.
+
+    A refusal before Ray was loaded has nothing to clean up. It leaves without the destructors of native libraries, one
+    of which now and then aborts with "terminate called without an active exception" and turns exit code 2 into 134.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == EXIT_REFUSED and "ray" not in sys.modules:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_REFUSED)
+        raise
+
+
 def main() -> None:
-    """Entry point: turns errors a user can correct into one message and exit code 2."""
+    """The command line: turns errors a user can correct into one message and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except ConfigError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED)
     except LeaseLostError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
@@ -64,4 +84,4 @@ def main() -> None:
         if "torchvision::" not in str(error):
             raise
         errors.print(f"[bold red]error:[/bold red] {escape(_TORCH_PAIR)}", soft_wrap=True)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED)

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import console, print_json, print_table
+from crate_ray.cli.output import console, errors, print_json, print_table
 
 if TYPE_CHECKING:
-    from crate_ray.evaluation.intervals import Interval
-    from crate_ray.training.probe import Verdict
+    from crate_ray.runs import RunFolder
 
 
 def probe(
@@ -23,44 +22,49 @@ def probe(
     from crate_ray.config import ConfigError
     from crate_ray.evaluation.probes import FEW_LABELS
     from crate_ray.runs import RunFolder
-    from crate_ray.training.probe import final_values, probe_raw_pixels, probe_run
+    from crate_ray.training.probe import probe_run
 
     folders = [RunFolder(uri) for uri in run_folders]
     for folder in folders:
         if not folder.exists():
             raise ConfigError(f"'{folder.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
     split: Any = "test" if test else "validation"
-    verdicts = {folder.name: probe_run(folder, split=split) for folder in folders}
-    configs = {folder.name: folder.read_config() for folder in folders}
-    pixels: dict[tuple[str, int], float] = {}  # they belong to the data, which runs usually share
-    for config in configs.values():
-        key = (config.data.train, config.model.image_size)
-        if key not in pixels:
-            pixels[key] = probe_raw_pixels(config, split=split).value
-    raw = {name: pixels[config.data.train, config.model.image_size] for name, config in configs.items()}
+    reports = {}
+    for folder in folders:
+        errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
+        reports[folder.name] = _with_pixels(folder, probe_run(folder, split=split), split)
     if as_json:
-        values = {name: {**final_values(verdict), "raw_pixels_top1": raw[name]} for name, verdict in verdicts.items()}
-        print_json({"split": split, "runs": values})
+        print_json({"split": split, "runs": reports})
         return
-    found = list(verdicts.values())
+    found = list(reports.values())
     lines = [
-        ("linear probe, mean token", *(_beside(v.trained.mean_token.top1, v.control.mean_token.top1) for v in found)),
-        ("gain, points", *(f"{100 * v.gain.value:+.1f} [{100 * v.gain.low:+.1f}, {100 * v.gain.high:+.1f}]" for v in found)),
-        ("linear probe, cls token", *(_beside(v.trained.cls_token.top1, v.control.cls_token.top1) for v in found)),
-        *((f"{n} labels a class", *(_few(v, n) for v in found)) for n in FEW_LABELS),
-        ("kNN", *(_beside(v.trained.knn, v.control.knn) for v in found)),
-        ("raw pixels, no model", *(f"{raw[name]:.1%}" for name in verdicts)),
+        ("linear probe, mean token", *(_beside(r["probe_top1"], r["control_top1"]) for r in found)),
+        ("gain, points", *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in r["gain"])) for r in found)),
+        ("linear probe, cls token", *(_beside(r["cls_top1"], r["control_cls_top1"]) for r in found)),
+        *((f"{n} labels a class", *(_few(r, n) for r in found)) for n in FEW_LABELS),
+        ("kNN", *(_beside(r["knn_top1"], r["control_knn_top1"]) for r in found)),
+        ("raw pixels, no model", *(f"{r['raw_pixels_top1']:.1%}" for r in found)),
     ]
-    print_table(
-        ("", *verdicts), lines, title=f"on {split}, 95% intervals over source images; in brackets: the same encoder untrained"
-    )
+    title = f"on {split}, 95% intervals over source images; in brackets: the same encoder untrained"
+    print_table(("", *reports), lines, title=title)
     console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
 
 
-def _few(verdict: "Verdict", per_class: int) -> str:
-    trained, control = verdict.trained.few_labels.get(per_class), verdict.control.few_labels.get(per_class)
-    return _beside(trained.top1, control.top1) if trained is not None and control is not None else "-"
+def _with_pixels(folder: "RunFolder", report: dict[str, Any], split: Any) -> dict[str, Any]:
+    """Adds the accuracy of raw pixels, which belongs to the data, to a report that lacks it."""
+    from crate_ray.training.probe import probe_raw_pixels
+
+    if "raw_pixels_top1" not in report:
+        errors.print("[dim]raw pixels, the control without a model ...[/dim]")
+        report = {**report, "raw_pixels_top1": probe_raw_pixels(folder.read_config(), split=split).value}
+        folder.write_json(f"probe_{split}.json", report)
+    return report
 
 
-def _beside(trained: "Interval", control: "Interval") -> str:
-    return f"{trained.value:.1%} [{trained.low:.1%}, {trained.high:.1%}] ({control.value:.1%})"
+def _few(report: dict[str, Any], per_class: int) -> str:
+    trained, control = (report[key][str(per_class)] for key in ("few_labels", "control_few_labels"))
+    return _beside(trained["top1"], control["top1"]) if trained and control else "-"
+
+
+def _beside(trained: list[float], control: list[float]) -> str:
+    return f"{trained[0]:.1%} [{trained[1]:.1%}, {trained[2]:.1%}] ({control[0]:.1%})"

@@ -109,7 +109,7 @@ def _probe(folders: "list[RunFolder]", out: Path) -> float:
             return float(held["top1"])
     from crate_ray.launch.features import probe_on_cluster
 
-    _, pixels = probe_on_cluster(folders, split="test")
+    pixels = probe_on_cluster(folders, split="test")
     write_atomic(str(cache), json.dumps({"schema_version": 1, "runs": names, "top1": pixels.value}) + "\n")
     return float(pixels.value)
 

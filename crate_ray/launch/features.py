@@ -1,6 +1,6 @@
 """Judging runs on the cluster: one Ray task a run, so that the probes of a comparison run side by side."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -10,32 +10,32 @@ from crate_ray.training.probe import Split
 
 if TYPE_CHECKING:
     from crate_ray.evaluation.intervals import Interval
-    from crate_ray.training.probe import Verdict
 
 
-def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "tuple[list[Verdict], Interval]":
+def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "Interval":
     """Judges runs that share their data, and raw pixels once.
 
     Args:
-        folders: Finished runs; each is written by its own task.
+        folders: Finished runs; each verdict is written into its folder by its own task.
         split: What to judge on.
 
     Returns:
-        A verdict for each run, in order, and the accuracy of raw pixels.
+        The accuracy of raw pixels.
     """
     connect()
     pixels = _judge_pixels.remote(folders[0].uri, split)
     gpus = [1 if folder.read_config().scale.use_gpu else 0 for folder in folders]
     verdicts = [_judge.options(num_gpus=gpu).remote(folder.uri, split) for folder, gpu in zip(folders, gpus, strict=True)]
-    found: Any = ray.get([*verdicts, pixels])
-    return found[:-1], found[-1]
+    ray.get(verdicts)
+    interval: Interval = ray.get(pixels)
+    return interval
 
 
 @ray.remote(num_cpus=1, max_retries=1)
-def _judge(uri: str, split: Split) -> "Verdict":
+def _judge(uri: str, split: Split) -> None:
     from crate_ray.training.probe import probe_run
 
-    return probe_run(RunFolder(uri), split=split)
+    probe_run(RunFolder(uri), split=split)
 
 
 @ray.remote(num_cpus=1, max_retries=1)

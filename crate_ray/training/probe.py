@@ -37,10 +37,13 @@ class Verdict:
     gain: Interval
 
 
-def probe_run(folder: RunFolder, *, split: Split = "validation") -> Verdict:
-    """Judges the last checkpoint of a finished run, and records the result in its folder.
+def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, Any]:
+    """Judges the last checkpoint of a finished run, and records the result in its folder; once.
 
     A verdict on validation never replaces one on test in the run's final values.
+
+    Returns:
+        The content of probe_<split>.json; read from there when this checkpoint was judged before.
 
     Raises:
         ConfigError: The run is not finished, or the split is missing or without labels.
@@ -49,9 +52,10 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> Verdict:
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None or not is_finished(folder):
         raise ConfigError(f"run '{folder.name}' is not finished; train it to its end first, then probe it")
-    verdict = judge_encoder(config, checkpoint, split=split)
-    _record(folder, checkpoint.step, verdict)
-    return verdict
+    held = folder.read_json(f"probe_{split}.json")
+    if held is not None and (held["step"], held["protocol"]) == (checkpoint.step, PROBE_PROTOCOL):
+        return held
+    return _record(folder, checkpoint.step, judge_encoder(config, checkpoint, split=split))
 
 
 def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
@@ -141,7 +145,7 @@ def final_values(verdict: Verdict) -> dict[str, float]:
     return values
 
 
-def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
+def _record(folder: RunFolder, step: int, verdict: Verdict) -> dict[str, Any]:
     if verdict.split == "test" or folder.read_json("probe_test.json") is None:
         status = read_status(folder)
         writer = RecordWriter(folder, status.attempt if status else 1)
@@ -149,16 +153,10 @@ def _record(folder: RunFolder, step: int, verdict: Verdict) -> None:
             write_final(folder, writer, step, final_values(verdict))
         finally:
             writer.close()
-    folder.write_json(
-        f"probe_{verdict.split}.json",
-        {
-            "split": verdict.split,
-            "protocol": PROBE_PROTOCOL,
-            "step": step,
-            "values": final_values(verdict),
-            **_intervals(verdict),
-        },
-    )
+    head = {"split": verdict.split, "protocol": PROBE_PROTOCOL, "step": step}
+    body = {**head, "values": final_values(verdict), **_intervals(verdict)}
+    folder.write_json(f"probe_{verdict.split}.json", body)
+    return body
 
 
 def _few(result: FewLabelResult | None) -> dict[str, Any] | None:
@@ -175,6 +173,7 @@ def _intervals(verdict: Verdict) -> dict[str, Any]:
         "probe_top1": triple(verdict.trained.mean_token.top1),
         "cls_top1": triple(verdict.trained.cls_token.top1),
         "control_top1": triple(verdict.control.mean_token.top1),
+        "control_cls_top1": triple(verdict.control.cls_token.top1),
         "gain": triple(verdict.gain),
         "chosen_c": verdict.trained.mean_token.chosen_c,
         "knn_top1": triple(verdict.trained.knn),

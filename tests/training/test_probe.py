@@ -26,23 +26,30 @@ def test_a_verdict_on_validation_never_replaces_one_on_test(load_tiny: LoadTiny)
     chosen = probe_run(folder, split="validation")
     final = folder.read_json("final.json")
     assert final is not None
-    assert final["values"]["final/probe_top1"] == pytest.approx(chosen.trained.mean_token.top1.value, rel=1e-3)
+    assert final["values"]["final/probe_top1"] == pytest.approx(chosen["probe_top1"][0], rel=1e-3)
 
     reported = probe_run(folder, split="test")
     tested = folder.read_json("final.json")
     probe_run(folder, split="validation")
     assert tested is not None
-    assert tested["values"]["final/probe_top1"] == pytest.approx(reported.trained.mean_token.top1.value, rel=1e-3)
+    assert tested["values"]["final/probe_top1"] == pytest.approx(reported["probe_top1"][0], rel=1e-3)
     assert folder.read_json("final.json") == tested
     assert tested["cost"] == final["cost"]
 
 
 def test_the_control_is_the_encoder_that_the_first_step_found(load_tiny: LoadTiny) -> None:
     folder = train(load_tiny("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0"))
-    verdict = probe_run(folder, split="validation")
-    assert verdict.trained.mean_token.top1 == verdict.control.mean_token.top1
-    assert verdict.trained.knn == verdict.control.knn
-    assert (verdict.gain.value, verdict.gain.low, verdict.gain.high) == (0, 0, 0)
+    report = probe_run(folder, split="validation")
+    assert report["probe_top1"] == report["control_top1"]
+    assert report["knn_top1"] == report["control_knn_top1"]
+    assert report["gain"] == [0, 0, 0]
+
+
+def test_a_checkpoint_is_judged_once(load_tiny: LoadTiny) -> None:
+    folder = train(load_tiny("train.steps=1"))
+    report = probe_run(folder, split="validation")
+    folder.write_json("probe_validation.json", {**report, "mark": "read, not computed"})
+    assert probe_run(folder, split="validation")["mark"] == "read, not computed"
 
 
 def test_a_run_that_is_not_finished_is_refused(load_tiny: LoadTiny) -> None:
