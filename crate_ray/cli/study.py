@@ -4,6 +4,7 @@ A Study is one MLflow experiment with the runs of one command. The tracking stor
 first run has its folder and before its workers exist: a command that is refused leaves nothing behind.
 """
 
+import signal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,7 +53,9 @@ class Study:
         from crate_ray.launch.train import launch_training
 
         study = self.experiment.rsplit("/", 1)[-1]
-        outcome = launch_training(config, study=study, on_start=self._started, on_poll=self._progress.poll)
+        outcome = launch_training(
+            config, study=study, on_start=self._started, on_poll=self._progress.poll, on_stop=_say_stopping
+        )
         if outcome.was_finished:
             self._follow(outcome.folder)
         return outcome
@@ -71,9 +74,18 @@ class Study:
 
     def _started(self, folder: RunFolder, config: RunConfig) -> None:
         from crate_ray.data import load_index
+        from crate_ray.training.checkpoint import latest_checkpoint
         from crate_ray.training.schedule import total_steps
 
         self._follow(folder)
+        held = latest_checkpoint(folder)
+        if held is not None:
+            errors.print(f"{folder.name}: resuming from step {held.step}", soft_wrap=True)
         status = read_status(folder)
         total = total_steps(config, load_index(config.data.train).num_samples)
         self._progress.follow(folder, total=total, attempt=status.attempt if status else 1)
+
+
+def _say_stopping(number: int) -> None:
+    name = signal.Signals(number).name
+    errors.print(f"{name}: writing a checkpoint, then stopping; Ctrl-C once more leaves without it", soft_wrap=True)

@@ -125,6 +125,7 @@ def _destination(folder: RunFolder, root: str, uri: str | None, experiment: str 
 def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: str | None) -> list[dict[str, Any]]:
     """Syncs runs, those of one experiment together, so that parents come before what they started."""
     from crate_ray import tracking
+    from crate_ray.tracking.client import public_uri
 
     groups: dict[tuple[str, str], list[RunFolder]] = {}
     for folder in folders:
@@ -132,7 +133,7 @@ def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: 
     rows = []
     for (store, name), members in groups.items():
         results = tracking.sync(members, store, name)
-        rows += [{**asdict(result), "experiment": name, "uri": tracking.web_url(store)} for result in results]
+        rows += [{**asdict(result), "experiment": name, "uri": public_uri(store)} for result in results]
     return rows
 
 

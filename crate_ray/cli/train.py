@@ -6,14 +6,14 @@ import typer
 
 from crate_ray.cli.arguments import Json, Set
 from crate_ray.cli.output import console, print_json, print_table
-from crate_ray.config import RunConfig, dump_yaml
+from crate_ray.config import RunConfig, dump_yaml, recipe_names
 
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
+    recipe: Annotated[str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}), or the path of a .yaml file.")],
     overrides: Set = [],  # noqa: B006  typer reads the default
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, check the data and the name, start nothing.")
@@ -71,8 +71,11 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["final"]:
         print_table(("final", "value"), [(key, f"{value:g}") for key, value in sorted(summary["final"].items())])
     console.print(f"folder  {summary['folder']}", soft_wrap=True)
+    root = summary["folder"].removesuffix(f"/{summary['run']}")
+    if summary["state"] == "FINISHED":
+        console.print(f"next    crate-ray probe {summary['folder']}", soft_wrap=True)
     if summary["link"]:
-        console.print(f"MLflow  {summary['link']}", soft_wrap=True)
+        console.print(f"MLflow  crate-ray tracking ui {root}\n        then {summary['link']}", soft_wrap=True)
 
 
 def plan(config: RunConfig, *, as_json: bool) -> None:

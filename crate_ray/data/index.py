@@ -212,12 +212,24 @@ def build_index(url: str, *, num_classes: int | None = None) -> ShardIndex:
     return ShardIndex(url, samples, shards, int(metadata["num_classes"]))
 
 
+def _without_index(url: str, file_name: str) -> str:
+    """What is wrong with a folder that should hold an index, and what to do."""
+    if not storage.exists(url):
+        return (
+            f"{url} does not exist; data.train, data.eval and data.test are folders of shards with their index, which "
+            "`crate-ray data build SOURCE OUT` writes (`crate-ray data build digits data/digits` for the digits recipes)"
+        )
+    splits = [name for name in storage.list_dir(url) if storage.exists(storage.join(url, name, file_name))]
+    if splits:
+        return f"{url} holds the splits {', '.join(splits)}, not shards; name one of them: {storage.join(url, splits[-1])}"
+    return f"{url} has no index ({file_name}); run `crate-ray data index {url}`"
+
+
 def _read_table(url: str, file_name: str, schema: pa.Schema) -> tuple[pa.Table, int]:
     """A table of the index and the number of classes its metadata states."""
     uri = storage.join(url, file_name)
     if not storage.exists(uri):
-        state = f"has no index ({file_name}); run `crate-ray data index {url}`" if storage.exists(url) else "does not exist"
-        raise ConfigError(f"{url} {state}; data.train, data.eval and data.test are folders of shards with their index")
+        raise ConfigError(_without_index(url, file_name))
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
         metadata = table.schema.metadata or {}

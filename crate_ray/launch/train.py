@@ -44,6 +44,7 @@ def launch_training(
     parent_uid: str | None = None,
     on_start: Callable[[RunFolder, RunConfig], None] = lambda folder, config: None,
     on_poll: Callable[[], None] = lambda: None,
+    on_stop: Callable[[int], None] = lambda number: None,
 ) -> RunOutcome:
     """Trains one run to its end, or until SIGINT or SIGTERM; resumes what is there.
 
@@ -54,6 +55,7 @@ def launch_training(
         parent_uid: See `runs.open_run`.
         on_start: Called once, when the folder is taken and before workers start.
         on_poll: Called several times a second from the main thread; must return soon.
+        on_stop: Called once with the signal, when a stop has been passed on to the workers.
 
     Raises:
         ConfigError: The run cannot start; nothing was written but a new, empty folder.
@@ -73,7 +75,7 @@ def launch_training(
             device_type = "cuda" if config.scale.use_gpu else "cpu"
             config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
             on_start(folder, config)
-            state, reason = _run(config, folder, lease, signals, on_poll)
+            state, reason = _run(config, folder, lease, signals, on_poll, on_stop)
         except LeaseLostError:
             raise
         except BaseException as error:
@@ -87,19 +89,29 @@ def launch_training(
 
 
 def _run(
-    config: RunConfig, folder: RunFolder, lease: Lease, signals: "StopSignals", on_poll: Callable[[], None]
+    config: RunConfig,
+    folder: RunFolder,
+    lease: Lease,
+    signals: "StopSignals",
+    on_poll: Callable[[], None],
+    on_stop: Callable[[int], None],
 ) -> tuple[State, str | None]:
     """Fits, and leaves no worker behind when the driver itself fails."""
     fit = _Fit(config, folder, lease.attempt)
     try:
-        return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll)
+        return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll, on_stop)
     except BaseException:
         fit.abort()
         raise
 
 
 def _follow(
-    fit: "_Fit", lease: Lease, signals: "StopSignals", grace_s: float, on_poll: Callable[[], None]
+    fit: "_Fit",
+    lease: Lease,
+    signals: "StopSignals",
+    grace_s: float,
+    on_poll: Callable[[], None],
+    on_stop: Callable[[int], None],
 ) -> tuple[State, str | None]:
     """Waits for the fit, passing a stop on to the workers."""
     deadline: float | None = None
@@ -109,7 +121,9 @@ def _follow(
         on_poll()
         if signals.received is not None:
             fit.stop()
-            deadline = deadline or time.monotonic() + grace_s + EXIT_GRACE_S
+            if deadline is None:
+                deadline = time.monotonic() + grace_s + EXIT_GRACE_S
+                on_stop(signals.received)
         if deadline is not None and time.monotonic() > deadline:
             fit.abort()
             name = signal.Signals(signals.received or signal.SIGTERM).name
