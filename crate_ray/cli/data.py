@@ -163,13 +163,16 @@ def _describe(index: "ShardIndex") -> dict[str, Any]:
 
 def _next_command(summary: "BuildSummary") -> str:
     """The command that trains on what was built; digits in the place that the recipe names need no overrides."""
-    recipe = _RECIPES.get(summary.source.partition(":")[0], _DEFAULT_RECIPE)
+    kind = summary.source.partition(":")[0]
+    recipe = _RECIPES.get(kind, _DEFAULT_RECIPE)
     command = ["crate-ray", "train", recipe]
     if (summary.source, summary.out.rstrip("/")) == _DEFAULT_PLACE:
         return shlex.join(command)
     for key, split in (("train", "train"), ("eval", "validation"), ("test", "test")):
         value = storage.join(summary.out, split) if split in summary.counts else "null"
         command += ["--set", f"data.{key}={value}"]
+    if recipe == _DEFAULT_RECIPE and kind != "digits":  # the recipe's model on other pictures: under their name, and augmented
+        command += ["--set", f"recipe={kind}", "--set", "data.augment=random_resized_crop"]
     return shlex.join(command)
 
 

@@ -122,3 +122,8 @@ def test_a_plan_with_more_ranks_than_images_is_refused(invoke, shapes):
     result = invoke("data", "plan", shapes / "train", "--world-size", 9, "--global-batch", 8)
     assert result.code == 2
     assert "9 workers cannot share a global batch of 8" in result.err
+
+
+def test_the_next_command_for_other_pictures_is_not_the_digits_run(invoke, tmp_path):
+    built = invoke("data", "build", "shapes:20", tmp_path / "shapes", "--image-size", "32")
+    assert "--set recipe=shapes --set data.augment=random_resized_crop" in " ".join(built.out.split())
