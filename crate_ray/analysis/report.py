@@ -175,7 +175,11 @@ def _protocol(rows: Sequence[ComparisonRow], meta: ReportMeta) -> str:
         f"that are the same for every model. kNN: 20 neighbours, cosine, temperature 0.07. {interval} "
         "Gain: minus the same architecture untrained, on the same images."
     )
-    return text + (f" Raw pixels without a model score {100 * raw:.1f}%." if raw is not None else "")
+    return text + (
+        f" Raw pixels without a model, fitted on up to four rows of each source image, score {100 * raw:.1f}%."
+        if raw is not None
+        else ""
+    )
 
 
 def _differences_section(differences: Sequence[RecipeDifference]) -> list[str]:
