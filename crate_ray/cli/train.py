@@ -26,10 +26,7 @@ def train(
         plan(config, as_json=as_json)
         return
     from crate_ray.cli.study import Study
-    from crate_ray.training.prepare import absolute_paths, locate_run
 
-    config = absolute_paths(config)
-    locate_run(config)  # a wrong path or name is said before tracking is set up
     with Study(config) as study:
         outcome = study.train(config)
     summary = summarise(outcome, study.links())

@@ -53,16 +53,6 @@ class Batch:
     epochs_B: torch.Tensor
     cursor_after: int
 
-    @property
-    def images(self) -> torch.Tensor:
-        """The images, under the name that evaluation takes."""
-        return self.images_BCHW
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """The labels, under the name that evaluation takes."""
-        return self.labels_B
-
 
 class _PendingBatch:
     """A batch that threads are filling, each its own rows."""

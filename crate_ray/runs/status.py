@@ -137,9 +137,9 @@ class Lease:
         Raises:
             LeaseLostError: This driver was silent for so long that another one took the run.
         """
-        if not force and time.monotonic() - self._last_beat < HEARTBEAT_SECONDS:
-            return
         if not force:
+            if time.monotonic() - self._last_beat < HEARTBEAT_SECONDS:
+                return
             self._check_held()
         now = time.time()
         self.status = Status("RUNNING", self.status.attempt, self.status.started, now)

@@ -4,12 +4,15 @@ Every rank takes a slice of the images; sums and features are gathered, so the n
 on the number of workers. Masks are drawn from (seed 0, sample), the same for every run and every step.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from crate_ray.config import RunConfig
-from crate_ray.data import ShardIndex, load_index, read_all
+from crate_ray.data import Batch, ShardIndex, load_index, read_all
 from crate_ray.evaluation.features import Features, extract_features
 from crate_ray.evaluation.probes import knn_top1
 from crate_ray.models import MaskedAutoencoder
@@ -17,6 +20,7 @@ from crate_ray.training.precision import autocast
 from crate_ray.training.step import Normalise
 
 EVAL_BATCH = 256
+Ids = NDArray[np.int64]
 
 
 class Evaluator:
@@ -34,7 +38,8 @@ class Evaluator:
         self._rank = rank
         self._world_size = world_size
         self._precision = precision
-        self._eval_index = load_index(config.data.eval)
+        self._eval_url = config.data.eval
+        self._eval_index = load_index(self._eval_url)
         self._eval_ids = _spread(self._eval_index.num_samples, config.eval.max_images)
         self._train_index: ShardIndex | None = None
 
@@ -45,7 +50,7 @@ class Evaluator:
         normalise = Normalise(self._config.data.mean, self._config.data.std).to(device)
         totals = torch.zeros(2, dtype=torch.float64)
         model.eval()
-        for batch in self._read(self._config.data.eval, self._eval_ids, noise=True):
+        for batch in read_images(self._config, self._eval_url, sample_ids=self._mine(self._eval_ids), noise=True):
             assert batch.noise_BN is not None
             with autocast(self._precision, device):
                 losses = model.losses(normalise(batch.images_BCHW.to(device)), batch.noise_BN.to(device))
@@ -65,7 +70,7 @@ class Evaluator:
         train_ids = _spread(self._train_index.num_samples, self._config.eval.knn_images)
         model.eval()
         bank = self._features(model, self._config.data.train, train_ids)
-        queries = self._features(model, self._config.data.eval, self._eval_ids)
+        queries = self._features(model, self._eval_url, self._eval_ids)
         model.train()
         return knn_top1(
             torch.from_numpy(bank.mean_ND),
@@ -74,39 +79,49 @@ class Evaluator:
             torch.from_numpy(queries.labels_N),
         )
 
-    def _features(self, model: MaskedAutoencoder, url: str | None, ids: np.ndarray) -> Features:
-        device = next(model.parameters()).device
-        data = self._config.data
+    def _features(self, model: MaskedAutoencoder, url: str, ids: Ids) -> Features:
         if len(ids) <= self._rank:  # fewer images than workers: this one has none
             mine = _no_features(self._config.model.width)
         else:
-            with autocast(self._precision, device):
-                mine = extract_features(model, self._read(url, ids, noise=False), mean=data.mean, std=data.std, device=device)
+            mine = encode_images(model, self._config, url, precision=self._precision, sample_ids=self._mine(ids))
         if self._world_size == 1:
             return mine
         parts: list[Features] = [mine] * self._world_size
         dist.all_gather_object(parts, mine)
         return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("mean_ND", "cls_ND", "labels_N")))
 
-    def _read(self, url: str | None, ids: np.ndarray, *, noise: bool):  # type: ignore[no-untyped-def]
-        assert url is not None
-        config = self._config
-        return read_all(
-            url,
-            batch_size=EVAL_BATCH,
-            image_size=config.model.image_size,
-            num_loaders=config.data.num_loaders,
-            sample_ids=ids[self._rank :: self._world_size],
-            noise_size=config.model.num_patches if noise else 0,
-            max_pixels=config.data.max_pixels,
-        )
+    def _mine(self, ids: Ids) -> Ids:
+        return ids[self._rank :: self._world_size]
+
+
+def read_images(config: RunConfig, url: str, *, sample_ids: Ids | None = None, noise: bool = False) -> Iterator[Batch]:
+    """One pass over images as the run's model sees them, unaugmented; with the fixed mask noise where it is asked for."""
+    return read_all(
+        url,
+        batch_size=EVAL_BATCH,
+        image_size=config.model.image_size,
+        num_loaders=config.data.num_loaders,
+        sample_ids=sample_ids,
+        noise_size=config.model.num_patches if noise else 0,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def encode_images(
+    model: MaskedAutoencoder, config: RunConfig, url: str, *, precision: str, sample_ids: Ids | None = None
+) -> Features:
+    """Features of the images under the precision that the run trains in."""
+    device = next(model.parameters()).device
+    batches = read_images(config, url, sample_ids=sample_ids)
+    with autocast(precision, device):
+        return extract_features(model, batches, mean=config.data.mean, std=config.data.std, device=device)
 
 
 def _no_features(width: int) -> Features:
     return Features(np.empty((0, width), np.float32), np.empty((0, width), np.float32), np.empty(0, np.int64))
 
 
-def _spread(num_samples: int, wanted: int | None) -> np.ndarray:
+def _spread(num_samples: int, wanted: int | None) -> Ids:
     """Sample ids: all of them, or `wanted` of them evenly over the index."""
     if wanted is None or wanted >= num_samples:
         return np.arange(num_samples)

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.data import load_index, read_all
-from crate_ray.evaluation.features import Features, extract_features, raw_pixels
+from crate_ray.data import load_index
+from crate_ray.evaluation.features import Features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, paired_gain
 from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
 from crate_ray.models import MaskedAutoencoder, create_model
 from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
+from crate_ray.training.evaluate import encode_images, read_images
 from crate_ray.training.loop import write_final
-from crate_ray.training.precision import autocast, choose_device, resolve_precision
+from crate_ray.training.precision import choose_device, resolve_precision
 
 Split = Literal["validation", "test"]
-READ_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
 
     def rows(which: Literal["train"] | Split) -> Rows:
         url = _url(config, which)
-        pixels, labels = raw_pixels(_read(config, url))
+        pixels, labels = raw_pixels(read_images(config, url))
         return Rows(pixels, labels, load_index(url).sources)
 
     return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
@@ -91,9 +91,8 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
 def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgement:
     def features(which: Literal["train"] | Split) -> tuple[Features, NDArray[Any]]:
         url = _url(config, which)
-        device = next(model.parameters()).device
-        with autocast(resolve_precision(config.train.precision, device.type), device):
-            found = extract_features(model, _read(config, url), mean=config.data.mean, std=config.data.std, device=device)
+        precision = resolve_precision(config.train.precision, next(model.parameters()).device.type)
+        found = encode_images(model, config, url, precision=precision)
         return found, np.asarray(load_index(url).sources)
 
     train, train_sources = features("train")
@@ -106,16 +105,6 @@ def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgeme
         train_sources=train_sources,
         validation_sources=validation_sources,
         judged_sources=judged_sources,
-    )
-
-
-def _read(config: RunConfig, url: str):  # type: ignore[no-untyped-def]
-    return read_all(
-        url,
-        batch_size=READ_BATCH,
-        image_size=config.model.image_size,
-        num_loaders=config.data.num_loaders,
-        max_pixels=config.data.max_pixels,
     )
 
 

@@ -6,6 +6,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from crate_ray.config import ConfigError
+from crate_ray.config.identity import EVALUATION_PROTOCOL
 from crate_ray.evaluation import (
     PROBE_PROTOCOL,
     Features,
@@ -138,3 +139,7 @@ def test_rows_that_cannot_be_judged_are_refused():
         Rows(values, np.array([0, 1]), names[:1])
     with pytest.raises(ValueError, match="diverged"):
         Rows(values * np.nan, np.array([0, 1]), names)
+
+
+def test_the_protocol_that_comparisons_check_is_the_one_of_the_probes():
+    assert EVALUATION_PROTOCOL["probe"] == PROBE_PROTOCOL
