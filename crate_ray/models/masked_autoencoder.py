@@ -104,9 +104,13 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Features of whole images, (B, 1 + N, D), after the encoder's norm, class token first."""
+        return self._run_encoder(self.embed(images_BCHW))
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """The tokens of whole images that enter the first layer, (B, 1 + N, D), class token first."""
         check_images(self.config, images_BCHW)
         tokens_BND = self.patch_embed(patchify(images_BCHW, self.config.patch_size)) + self.pos_embed[:, 1:]
-        return self._run_encoder(tokens_BND)
+        return self._prepend_class_token(tokens_BND)
 
     def _encode_masked(self, images_BCHW: Tensor, noise_BN: Tensor | None) -> tuple[Tensor, Masking, Tensor]:
         """Pixels to predict, what is hidden, and the latent."""
@@ -126,11 +130,13 @@ class MaskedAutoencoder(nn.Module):
             tokens_BND = torch.where(masking.mask.unsqueeze(-1), self.mask_token, tokens_BND) + self.pos_embed[:, 1:]
         else:
             tokens_BND = take_tokens(tokens_BND + self.pos_embed[:, 1:], masking.kept)
-        return patches_BNQ, masking, self._run_encoder(tokens_BND)
+        return patches_BNQ, masking, self._run_encoder(self._prepend_class_token(tokens_BND))
 
-    def _run_encoder(self, tokens_BND: Tensor) -> Tensor:
+    def _prepend_class_token(self, tokens_BND: Tensor) -> Tensor:
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BND), -1, -1)
-        z_BND = torch.cat([cls_B1D, tokens_BND], dim=1)
+        return torch.cat([cls_B1D, tokens_BND], dim=1)
+
+    def _run_encoder(self, z_BND: Tensor) -> Tensor:
         for block in self.blocks:
             z_BND = block(z_BND)
         return self.norm(z_BND)  # type: ignore[no-any-return]
