@@ -184,6 +184,7 @@ class PublishedMaskedAutoencoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.num_kept = int(config.num_patches * (1 - config.mask_ratio))
         side = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -215,18 +216,18 @@ class PublishedMaskedAutoencoder(nn.Module):
             decoded = block(decoded)
         pred_BNQ = self.decoder_pred(self.decoder_norm(decoded))[:, 1:]
         mask_BN = torch.ones_like(noise_BN)
-        mask_BN[:, : self.config.num_kept] = 0
+        mask_BN[:, : self.num_kept] = 0
         mask_BN = torch.gather(mask_BN, 1, restore_BN)
         return self._loss(images_BCHW, pred_BNQ, mask_BN), pred_BNQ, mask_BN, latent
 
     def _encode_all(self, tokens_BND: Tensor, order_BN: Tensor, restore_BN: Tensor) -> Tensor:
         """Mask tokens before the encoder; the decoder's table serves as its positions, as published."""
-        kept_BKD = _pick(tokens_BND, order_BN[:, : self.config.num_kept])
+        kept_BKD = _pick(tokens_BND, order_BN[:, : self.num_kept])
         filled_BND = self._append_mask_tokens_and_unshuffle(kept_BKD, restore_BN) + self.decoder_pos_embed[:, 1:]
         return self._run_encoder(filled_BND, self.cls_token + self.decoder_pos_embed[:, :1])
 
     def _encode_visible(self, tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
-        kept_BKD = _pick(tokens_BND + self.pos_embed[:, 1:], order_BN[:, : self.config.num_kept])
+        kept_BKD = _pick(tokens_BND + self.pos_embed[:, 1:], order_BN[:, : self.num_kept])
         return self._run_encoder(kept_BKD, self.cls_token + self.pos_embed[:, :1])
 
     def _run_encoder(self, tokens_BND: Tensor, cls_11D: Tensor) -> Tensor:
