@@ -43,6 +43,21 @@ def accuracy_interval(correct: ArrayLike, sources: ArrayLike, *, seed: int = 0, 
     return _clustered_mean(np.asarray(correct, dtype=np.float64), np.asarray(sources), seed, resamples)
 
 
+def mean_interval(values: ArrayLike, sources: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Mean of a number measured on each row, with the same interval.
+
+    Args:
+        values: (N,) numbers; a difference of two models on the same rows gives the interval of their gain.
+        sources: (N,) name of the source image of each row.
+        seed: Same seed, same interval.
+        resamples: Number of bootstrap draws R.
+
+    Raises:
+        ValueError: No rows, or the two differ in length.
+    """
+    return _clustered_mean(np.asarray(values, dtype=np.float64), np.asarray(sources), seed, resamples)
+
+
 def paired_gain(
     correct_model: ArrayLike, correct_control: ArrayLike, sources: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
