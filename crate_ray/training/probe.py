@@ -49,13 +49,23 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, An
         ConfigError: The run is not finished, or the split is missing or without labels.
     """
     config = folder.read_config()
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None or not is_finished(folder):
-        raise ConfigError(f"run '{folder.name}' is not finished; train it to its end first, then probe it")
+    checkpoint = finished_checkpoint(folder)
     held = folder.read_json(f"probe_{split}.json")
     if held is not None and (held["step"], held["protocol"]) == (checkpoint.step, PROBE_PROTOCOL):
         return held
     return _record(folder, checkpoint.step, judge_encoder(config, checkpoint, split=split))
+
+
+def finished_checkpoint(folder: RunFolder) -> Checkpoint:
+    """The last checkpoint of a run that has come to its end.
+
+    Raises:
+        ConfigError: The run is not finished.
+    """
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None or not is_finished(folder):
+        raise ConfigError(f"run '{folder.name}' is not finished; train it to its end first, then probe it")
+    return checkpoint
 
 
 def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
