@@ -8,7 +8,7 @@ in tests/golden, so that a published case is a ModelConfig.
 import math
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from crate_ray.config.base import ConfigError, Frozen, nearest
 
@@ -19,7 +19,8 @@ class ModelConfig(Frozen):
     """Architecture of one masked autoencoder or classifier.
 
     `ista_step_size` (eta) and `ista_lambda` are one number, or one for each encoder layer.
-    Keys left out take the published value of the family; `resolved` fills them.
+    Keys left out take the published value of the family. With `num_classes` the model is a classifier, and the keys of mask
+    and decoder say nothing.
     """
 
     family: Literal["crate", "vit"]
@@ -41,6 +42,12 @@ class ModelConfig(Frozen):
     block_norm_eps: float = Field(gt=0)
     final_norm_eps: float = Field(gt=0)
     num_classes: int | None = Field(None, ge=2)
+    embedding: Literal["linear", "normed"] | None = Field(
+        None, description="of a classifier: as in the autoencoders, or between norms"
+    )
+    pool: Literal["cls", "mean"] | None = Field(
+        None, description="what a classifier's head reads: class token or mean of the patches"
+    )
     parametrization: Literal["standard"] = "standard"
 
     @model_validator(mode="before")
@@ -54,6 +61,15 @@ class ModelConfig(Frozen):
             # A preset of a fixed width with another one asked for keeps its other keys.
             values = {**preset_values(preset), **values}
         return _fill_defaults(values)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_given(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """`model_fields_set` holds what the recipe says, not the defaults that `_expand` filled in."""
+        config = handler(values)
+        if isinstance(values, dict):
+            config.model_fields_set.intersection_update(values)
+        return config
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -75,6 +91,7 @@ class ModelConfig(Frozen):
                 raise ValueError(f"{name}width = {width} must be a multiple of 4: sin-cos positions have four parts")
         if self.num_classes is None:
             self._check_masking()
+        self._check_classifier()
         for name in ("ista_step_size", "ista_lambda"):
             value = getattr(self, name)
             layers = value if isinstance(value, tuple) else (value,) * self.encoder_depth
@@ -85,6 +102,19 @@ class ModelConfig(Frozen):
             if any(not 0 <= v < float("inf") for v in layers):
                 raise ValueError(f"{name} = {value} must be finite and at least 0")
         return self
+
+    def _check_classifier(self) -> None:
+        kind = (self.family, self.embedding, self.pool)
+        if self.num_classes is None:
+            if kind[1:] != (None, None):
+                raise ValueError(
+                    f"embedding = {self.embedding} and pool = {self.pool} belong to classifiers: set num_classes, or drop them"
+                )
+        elif self.embedding == "normed" and kind != ("crate", "normed", "cls"):
+            raise ValueError(
+                f"family = {self.family}, embedding = normed, pool = {self.pool}: no such classifier; valid: the published one "
+                "(family crate, embedding normed, pool cls), or embedding linear with either family and either pool"
+            )
 
     def _check_masking(self) -> None:
         n = self.num_patches
@@ -118,18 +148,25 @@ class ModelConfig(Frozen):
 
 
 def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The published value of each key that depends on the family."""
+    """The published value of each key that depends on the family.
+
+    A classifier of linear embedding has the encoder of an autoencoder, and its values; for vit those of facebookresearch/mae.
+    """
     vit = values.get("family") == "vit"
-    facebook = vit and values.get("encoder_tokens") == "visible"
     classifier = values.get("num_classes") is not None
+    facebook = vit and (classifier or values.get("encoder_tokens") == "visible")
+    embedding = values.get("embedding") or ("linear" if vit else "normed")
+    published_classifier = classifier and embedding == "normed"
     defaults = {
         "decoder_width": values.get("width"),
         "decoder_num_heads": values.get("num_heads"),
         "decoder_depth": 8 if vit else values.get("encoder_depth"),
-        "ista_lambda": 0.1 if classifier else 0.5,
+        "ista_lambda": 0.1 if published_classifier else 0.5,
         "qkv_bias": facebook,
         "block_norm_eps": 1e-6 if facebook else 1e-5,
-        "final_norm_eps": 1e-5 if classifier else 1e-6,
+        "final_norm_eps": 1e-5 if published_classifier else 1e-6,
+        "embedding": embedding if classifier else None,
+        "pool": ("mean" if vit else "cls") if classifier else None,
     }
     filled = {key: value for key, value in defaults.items() if values.get(key) is None and value is not None}
     return {**values, **filled}

@@ -43,7 +43,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     positions = 1 + config.num_patches
     encoder = (patch_values * d + d) + d + config.encoder_depth * _encoder_layer_parameters(config) + 2 * d
     if config.num_classes is not None:
-        encoder += 2 * patch_values + 2 * d + positions * d
+        encoder += positions * d + (2 * patch_values + 2 * d if config.embedding == "normed" else 0)
         total = encoder + d * config.num_classes + config.num_classes
         return ParameterCount(paper=total, total=total, trainable=total, encoder=encoder)
     decoder_embed = d * e + e

@@ -1,4 +1,4 @@
-"""Stacks of layers from a configuration, shared by the autoencoder and the classifier.
+"""Stacks of layers from a configuration, and what else the autoencoder and the classifier share.
 
 In: a ModelConfig. Out: the encoder's and the decoder's `nn.ModuleList`. The one place that
 knows which family uses which layer.
@@ -55,6 +55,20 @@ def check_images(config: ModelConfig, images_BCHW: Tensor) -> None:
             f"images have shape {tuple(images_BCHW.shape)}, but model.image_size = {side} needs (batch, 3, {side}, {side}); "
             "resize the images, or set model.image_size"
         )
+
+
+def initialise_linear(model: nn.Module, *, patch_embed: nn.Linear) -> None:
+    """Initialises linear layers as the published autoencoders do: xavier weights, zero biases; dictionaries are left alone.
+
+    Args:
+        model: Holds the layers.
+        patch_embed: A convolution there: xavier on its flattened weight, torch's default for its bias.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None and module is not patch_embed:
+                nn.init.zeros_(module.bias)
 
 
 def _transformer_layers(config: ModelConfig, depth: int, width: int, num_heads: int) -> nn.ModuleList:

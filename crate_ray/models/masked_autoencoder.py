@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
-from crate_ray.models.layers import check_images, decoder_layers, encoder_layers
+from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, initialise_linear
 from crate_ray.models.patches import Masking, draw_masking, patchify, sincos_positions, take_tokens
 
 
@@ -165,14 +165,7 @@ class MaskedAutoencoder(nn.Module):
         return (pred.float() - target).square().mean(dim=-1)
 
     def _initialise(self) -> None:
-        """As published: xavier for linear layers, N(0, 0.02) for tokens; dictionaries keep kaiming_uniform.
-
-        The patch embedding is a convolution there: xavier on its flattened weight, torch's default for its bias.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None and module is not self.patch_embed:
-                    nn.init.zeros_(module.bias)
+        """As published: xavier for linear layers, N(0, 0.02) for tokens; dictionaries keep kaiming_uniform."""
+        initialise_linear(self, patch_embed=self.patch_embed)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)

@@ -28,6 +28,10 @@ SHAPES: list[dict[str, Any]] = [
     {**SMALL, "family": "vit"},
     {**SMALL, "family": "vit", "encoder_tokens": "visible", "decoder_width": 32, "decoder_num_heads": 4},
     {**SMALL, "family": "crate", "num_classes": 7},
+    {**SMALL, "family": "crate", "num_classes": 7, "embedding": "linear"},
+    {**SMALL, "family": "crate", "num_classes": 7, "embedding": "linear", "pool": "mean", "num_heads": 1},
+    {**SMALL, "family": "vit", "num_classes": 7},
+    {**SMALL, "family": "vit", "num_classes": 7, "pool": "cls", "qkv_bias": False},
 ]
 
 
@@ -89,7 +93,7 @@ def test_counts_of_small_models_are_those_of_the_built_model(shape: dict[str, An
 
 def check_counts(config: ModelConfig) -> None:
     model, count = create_model(config), count_parameters(config)
-    own = ("patch_norm", "patch_embed", "embed_norm", "pos_embed", "cls_token", "blocks", "norm")
+    own = ("patch_norm", "patch_embed", "embed_norm", "pos_embed", "cls_token", "blocks", "norm", "fc_norm")
     parameters = dict(model.named_parameters())
     assert count.trainable == sum(p.numel() for p in parameters.values() if p.requires_grad)
     assert count.total == sum(value.numel() for value in model.state_dict().values())
