@@ -40,7 +40,7 @@ class Evaluator:
         self._precision = precision
         self._eval_url = config.data.eval
         self._eval_index = load_index(self._eval_url)
-        self._eval_ids = _spread(self._eval_index.num_samples, config.eval.max_images)
+        self._eval_ids = spread_ids(self._eval_index.num_samples, config.eval.max_images)
         self._train_index: ShardIndex | None = None
 
     @torch.inference_mode()
@@ -67,7 +67,7 @@ class Evaluator:
             self._train_index = load_index(self._config.data.train)
         if self._train_index.labels.min() < 0 or self._eval_index.labels.min() < 0:
             return None
-        train_ids = _spread(self._train_index.num_samples, self._config.eval.knn_images)
+        train_ids = spread_ids(self._train_index.num_samples, self._config.eval.knn_images)
         model.eval()
         bank = self._features(model, self._config.data.train, train_ids)
         queries = self._features(model, self._eval_url, self._eval_ids)
@@ -121,7 +121,7 @@ def _no_features(width: int) -> Features:
     return Features(np.empty((0, width), np.float32), np.empty((0, width), np.float32), np.empty(0, np.int64))
 
 
-def _spread(num_samples: int, wanted: int | None) -> Ids:
+def spread_ids(num_samples: int, wanted: int | None) -> Ids:
     """Sample ids: all of them, or `wanted` of them evenly over the index."""
     if wanted is None or wanted >= num_samples:
         return np.arange(num_samples)
