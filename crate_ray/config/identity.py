@@ -15,7 +15,7 @@ from crate_ray.config.run import RunConfig
 # Part of the run's identity: everything that decides which numbers come out. Not scale, storage,
 # tracking, cadence, loaders or micro-batch: those may change while the run goes on.
 _NOT_IN_DATA = {"train", "eval", "test", "num_loaders", "max_pixels", "on_error", "max_replaced_fraction"}
-_NOT_IN_TRAIN = {"micro_batch"}
+_NOT_IN_TRAIN = {"micro_batch", "init_from"}  # where first weights lie; what they hold is train.init_digest
 
 EVALUATION_PROTOCOL = {"probe": 1, "eval_loss": 1}
 
@@ -43,6 +43,7 @@ def compare_parts(config: RunConfig, data_digest: str, precision: str) -> dict[s
     """What two runs must share to be compared; `precision` is the resolved one."""
     return flatten(
         {
+            "task": None if config.task == "pretrain" else config.task,
             "data": {"digest": data_digest, "augment": config.data.augment},
             "evaluation": EVALUATION_PROTOCOL,
             "schedule": config.schedule.model_dump(mode="json"),

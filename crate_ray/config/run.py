@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from crate_ray.config.base import Frozen
+from crate_ray.config.base import ConfigError, Frozen
 from crate_ray.config.model import ModelConfig
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -27,6 +27,12 @@ class DataConfig(Frozen):
     augment: Literal["none", "random_resized_crop"] = "random_resized_crop"
     crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area range of the random crop, as a share of the image")
     flip: bool = Field(True, description="mirror half of the images when augmenting")
+    mixup_alpha: Positive | None = Field(
+        None, description="classify: blends the images of each pair, share from Beta(alpha, alpha)"
+    )
+    cutmix_alpha: Positive | None = Field(
+        None, description="classify: swaps a box in each pair; with mixup_alpha too, a coin a step"
+    )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="per channel, of pixels in [0, 1]")
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(89_478_485, ge=1, description="larger images are refused from their header, before decoding")
@@ -34,6 +40,11 @@ class DataConfig(Frozen):
     max_replaced_fraction: float = Field(
         0.001, ge=0, le=1, description="the run stops when more samples than this had to be replaced"
     )
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup_alpha is not None or self.cutmix_alpha is not None
 
     @field_validator("crop_scale")
     @classmethod
@@ -51,6 +62,9 @@ class OptimizerConfig(Frozen):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="classify: a layer's learning rate is this times that of the layer above it"
+    )
 
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
@@ -95,6 +109,19 @@ class TrainConfig(Frozen):
     compile: bool = False
     clip_norm: float | None = Field(None, gt=0)
     deterministic: bool = False
+    label_smoothing: float | None = Field(None, gt=0, lt=1, description="classify: share of the target spread over all classes")
+    init_from: str | None = Field(
+        None, description="weights to start from: a .safetensors or .pth file, or a run folder (its latest checkpoint)"
+    )
+    init_digest: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of these weights, which must agree; filled in when the run starts"
+    )
+
+    @model_validator(mode="after")
+    def _whole_source(self) -> Self:
+        if self.init_digest is not None and self.init_from is None:
+            raise ValueError("train.init_digest belongs to the weights of train.init_from; give both, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -150,7 +177,7 @@ class RunConfig(Frozen):
 
     name: str | None = Field(None, pattern=NAME_PATTERN, description="default: <recipe>-<8 hex of the resume digest>")
     recipe: str = Field("custom", pattern=NAME_PATTERN)
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "classify"] = "pretrain"
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -169,9 +196,32 @@ class RunConfig(Frozen):
                 f"scale.num_workers = {self.scale.num_workers} is more than train.global_batch = {self.train.global_batch}: "
                 f"some workers would have no image; use at most {self.train.global_batch} workers"
             )
-        if self.model.num_classes is not None:
-            raise ValueError("model.num_classes is set, but task = pretrain trains a masked autoencoder; leave it out")
+        if self.task == "pretrain":
+            self._check_pretrain()
+        elif self.model.num_classes is None:
+            raise ValueError(
+                "task = classify trains a classifier, and model.num_classes is not set; give the number of classes"
+            )
+        if self.data.is_mixing:
+            check_pairs(self, self.scale.num_workers)
         return self
+
+    def _check_pretrain(self) -> None:
+        if self.model.num_classes is not None:
+            raise ValueError(
+                "model.num_classes is set, but task = pretrain trains a masked autoencoder; leave it out, or set task: classify"
+            )
+        of_classify = {
+            "data.mixup_alpha": self.data.mixup_alpha,
+            "data.cutmix_alpha": self.data.cutmix_alpha,
+            "train.label_smoothing": self.train.label_smoothing,
+            "optimizer.layer_decay": self.optimizer.layer_decay,
+        }
+        unused = [key for key, value in of_classify.items() if value is not None]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} would have no effect with task = pretrain; leave out, or set task to classify"
+            )
 
     @classmethod
     def load(cls, recipe_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> "RunConfig":
@@ -183,3 +233,27 @@ class RunConfig(Frozen):
         from crate_ray.config.load import load_run
 
         return load_run(recipe_or_path, overrides)
+
+
+def check_pairs(config: RunConfig, num_workers: int) -> None:
+    """Refuses batches that would tear apart the pairs (2j, 2j + 1) of rows that are mixed with each other.
+
+    Args:
+        config: A run that mixes.
+        num_workers: Workers that share the global batch.
+
+    Raises:
+        ConfigError: Names the keys and the nearest values that are valid.
+    """
+    batch, micro_batch, whole = config.train.global_batch, config.train.micro_batch, 2 * num_workers
+    problems = []
+    if batch % whole:
+        near = max(whole, batch - batch % whole)
+        problems.append(f"train.global_batch = {batch} is not a multiple of 2 x {num_workers} workers: use {near}")
+    if micro_batch is not None and micro_batch % 2:
+        problems.append(f"train.micro_batch = {micro_batch} is odd: use {micro_batch + 1}")
+    if problems:
+        raise ConfigError(
+            "data.mixup_alpha and data.cutmix_alpha mix rows in pairs, so each worker and micro-batch needs whole pairs; "
+            f"{'; '.join(problems)}; or leave both out"
+        )

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     CROP = 2
     NOISE = 3
     BUILD = 4
+    MIX = 5
 
 
 def stream(purpose: Purpose, *, seed: int, epoch: int = 0, item: int = 0) -> np.random.Generator:

@@ -4,6 +4,7 @@ import pytest
 
 from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
 
+CLASSIFY = ("task=classify", "model.num_classes=10")
 TINY = {"family": "vit", "image_size": 32, "patch_size": 4, "width": 16, "num_heads": 2, "encoder_depth": 2}
 
 
@@ -63,6 +64,18 @@ def test_an_override_that_is_no_assignment_is_refused_with_its_text(override: st
         (["scale.num_workers=129"], "use at most 128 workers"),
         (["data.crop_scale=[0.5, 0.2]"], "smallest <= largest"),
         (["model.num_classes=10"], "leave it out"),
+        (["task=classify"], "give the number of classes"),
+        (["data.mixup_alpha=0.8"], "set task to classify"),
+        (["train.label_smoothing=0.1", "optimizer.layer_decay=0.65"], "train.label_smoothing, optimizer.layer_decay"),
+        ([*CLASSIFY, "data.mixup_alpha=0.8", "train.global_batch=127"], "use 126"),
+        (
+            [*CLASSIFY, "data.cutmix_alpha=1", "scale.num_workers=3"],
+            "train.global_batch = 128 is not a multiple of 2 x 3 workers",
+        ),
+        ([*CLASSIFY, "data.cutmix_alpha=1", "train.micro_batch=7"], "train.micro_batch = 7 is odd: use 8"),
+        ([*CLASSIFY, "model.embedding=normed"], "embedding linear with either family"),
+        (["model.pool=mean"], "belong to classifiers"),
+        (["train.init_digest=" + "0" * 64], "give both"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused_with_the_fix(overrides: list[str], advice: str) -> None:

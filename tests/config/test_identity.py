@@ -18,6 +18,7 @@ FREE = {
     "data.on_error",
     "data.max_replaced_fraction",
     "train.micro_batch",
+    "train.init_from",  # train.init_digest says what it held
 }
 FREE_SECTIONS = {"eval", "checkpoint", "scale", "storage", "tracking"}
 
@@ -79,10 +80,60 @@ def test_what_decides_the_numbers_changes_the_identity(override: str) -> None:
 
 
 def test_every_key_is_either_identity_or_known_to_be_free() -> None:
-    config = RunConfig.load("digits_crate_mae", ["name=given", "train.micro_batch=8"])  # keys that are null are left out
+    given = ["name=given", "train.micro_batch=8", "train.init_from=weights.pth", f"train.init_digest={DATA}"]
+    config = RunConfig.load("digits_crate_mae", given)  # keys that are null are left out
     keys = {key for key in flatten(config.model_dump(mode="json")) if key.split(".")[0] not in FREE_SECTIONS}
     assert keys - resume_parts(config, DATA).keys() == FREE
     assert resume_parts(config, DATA).keys() - keys == {"data.digest"}
+
+
+CLASSIFIER = ("task=classify", "model.num_classes=10")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_classes=11",
+        "model.embedding=linear",
+        "data.mixup_alpha=0.8",
+        "data.cutmix_alpha=1",
+        "optimizer.layer_decay=0.65",
+        "train.label_smoothing=0.1",
+    ],
+)
+def test_what_decides_the_numbers_of_a_classifier_changes_its_identity(override: str) -> None:
+    assert identity(*CLASSIFIER, override) != identity(*CLASSIFIER)
+
+
+def test_first_weights_are_known_by_what_they_hold_and_not_by_where_they_lie() -> None:
+    def started_from(path: str, held: str) -> str:
+        return identity(f"train.init_from={path}", f"train.init_digest={held}")
+
+    assert started_from("a.pth", DATA) == started_from("s3://bucket/b.safetensors", DATA)
+    assert started_from("a.pth", DATA) != started_from("a.pth", "1" * 64)
+    assert started_from("a.pth", DATA) != identity()
+
+
+def test_classifiers_and_autoencoders_are_not_compared() -> None:
+    pretrain, classify = RunConfig.load("digits_crate_mae"), RunConfig.load("digits_crate_mae", CLASSIFIER)
+    assert compare_parts(classify, DATA, "float32")["task"] == "classify"
+    assert "task" not in compare_parts(pretrain, DATA, "float32"), "runs from before there was a choice keep their digest"
+
+
+# Identities of the recipes as they were before there was a task to choose; a change here renames everybody's runs.
+RESUME = {
+    "digits_crate_mae": "00a139159bc8",
+    "digits_mae": "ca24e8dc2a46",
+    "digits_mae_small": "0a9001a01e2b",
+    "imagenet_crate_mae_base": "c50caf82ca84",
+    "imagenet_mae_base": "dde7b65994b8",
+    "quickstart": "a81dba71764e",
+}
+
+
+@pytest.mark.parametrize("recipe", RESUME)
+def test_the_recipes_keep_their_identities(recipe: str) -> None:
+    assert digest(resume_parts(RunConfig.load(recipe), DATA))[:12] == RESUME[recipe]
 
 
 def test_other_data_are_another_run() -> None:
