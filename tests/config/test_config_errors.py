@@ -75,7 +75,7 @@ def test_an_override_that_is_no_assignment_is_refused_with_its_text(override: st
         ([*CLASSIFY, "data.cutmix_alpha=1", "train.micro_batch=7"], "train.micro_batch = 7 is odd: use 8"),
         ([*CLASSIFY, "model.embedding=normed"], "embedding linear with either family"),
         (["model.pool=mean"], "belong to classifiers"),
-        (["train.init_digest=" + "0" * 64], "give both"),
+        (["train.init_digest=" + "a" * 64], "give both"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused_with_the_fix(overrides: list[str], advice: str) -> None:
