@@ -1,161 +1,243 @@
 """Weights from files into a model, whoever wrote them.
 
-In: a `.safetensors` or `.pth` file (local or URL), or a state dict, in one of four layouts told apart by their keys:
-ours; the CRATE repository's autoencoder (CRATE or ViT blocks); its classifier; facebookresearch/mae.
-Out: the model, filled in place. Nothing is loaded by halves: one missing, extra or mis-shaped key refuses all of it.
-What keys and shapes cannot tell: whether a published autoencoder saw all tokens or the visible ones; the configuration decides.
-`.pth` files are read with `weights_only=True`: they come from strangers.
+In: a model and a file or a state dict of any layout in `layouts`. Out: the model, filled in place, and a `LoadedWeights` that
+says what came from the file and what did not. Nothing is loaded by halves: one missing, extra, mis-shaped or non-finite
+tensor refuses all of it.
+
+What keys and shapes cannot tell is taken from the model's configuration: the number of heads, lambda, eta, and whether a
+published autoencoder saw all tokens or the visible ones. A file of ours carries its configuration, so there a difference is
+refused; a bare state dict carries none and is believed.
 """
 
-import io
-import pickle
-import re
+import logging
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from crate_ray import storage
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models.classifier import Classifier
+from crate_ray.models.layouts import Layout, infer_architecture, is_of_decoder
 from crate_ray.models.masked_autoencoder import MaskedAutoencoder
+from crate_ray.models.patches import interpolate_positions
+from crate_ray.models.weight_files import WeightsFile, read_weights
+
+log = logging.getLogger(__name__)
 
 _LISTED = 40
+_TABLES = ("pos_embed", "decoder_pos_embed")
+_ENCODER = ("patch_norm", "patch_embed", "embed_norm", "cls_token", "pos_embed", "blocks", "norm")
+_DECODER_EMBED = ("decoder_embed.weight", "decoder_embed.bias")
 
-# Published names as patterns, and ours; the first that matches counts. Each layer of CRATE is a pair of pre-norm
-# halves: attention and ISTA in an encoder, synthesis and attention in a decoder.
-_NAMES = (
-    (r"^patch_embed\.proj\.", "patch_embed."),
-    (r"^(decoder_blocks\.\d+)\.layers\.0\.0\.fn\.weight$", r"\1.dictionary"),
-    (r"^(decoder_blocks\.\d+)\.layers\.0\.0\.norm\.", r"\1.norm1."),
-    (r"^(decoder_blocks\.\d+)\.layers\.0\.1\.fn\.qkv\.", r"\1.attn.qkv."),
-    (r"^(decoder_blocks\.\d+)\.layers\.0\.1\.fn\.to_out\.0\.", r"\1.attn.proj."),
-    (r"^(decoder_blocks\.\d+)\.layers\.0\.1\.norm\.", r"\1.norm2."),
-    (r"^(blocks\.\d+)\.layers\.0\.0\.fn\.qkv\.", r"\1.attn.qkv."),
-    (r"^(blocks\.\d+)\.layers\.0\.0\.fn\.to_out\.0\.", r"\1.attn.proj."),
-    (r"^(blocks\.\d+)\.layers\.0\.0\.norm\.", r"\1.norm1."),
-    (r"^(blocks\.\d+)\.layers\.0\.1\.fn\.weight$", r"\1.ista.dictionary"),
-    (r"^(blocks\.\d+)\.layers\.0\.1\.norm\.", r"\1.norm2."),
-    (r"^to_patch_embedding\.1\.", "patch_norm."),
-    (r"^to_patch_embedding\.2\.", "patch_embed."),
-    (r"^to_patch_embedding\.3\.", "embed_norm."),
-    (r"^pos_embedding$", "pos_embed"),
-    (r"^mlp_head\.0\.", "norm."),
-    (r"^mlp_head\.1\.", "head."),
-)
+# Configuration keys that change what weights compute and leave no mark on their shapes.
+_OF_THE_ENCODER = ("num_heads", "block_norm_eps", "ista_step_size", "ista_lambda")
+_OF_THE_CLASSIFIER = (*_OF_THE_ENCODER, "final_norm_eps")
+_OF_THE_AUTOENCODER = (*_OF_THE_CLASSIFIER, "encoder_tokens", "decoder_num_heads", "norm_pix_loss")
 
 
-def load_weights(model: MaskedAutoencoder | Classifier, path_or_state_dict: str | Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What a file gave."""
+
+    layout: Layout
+    has_decoder: bool
+    """Whether the file holds a decoder, loaded or not."""
+    interpolated: tuple[str, ...]
+    """Position tables that were resized to the model's grid."""
+    untrained: tuple[str, ...]
+    """Parameters that no training has touched: absent from the file, and at their initial values, or dead in it."""
+    warnings: tuple[str, ...]
+    """What was logged."""
+
+
+def load_weights(
+    model: MaskedAutoencoder | Classifier,
+    path_or_state_dict: str | Mapping[str, Any],
+    *,
+    part: Literal["all", "encoder"] = "all",
+    convert: bool = False,
+) -> LoadedWeights:
     """Fills the model from a file or a state dict.
 
+    Position tables of another grid are interpolated (`patches.interpolate_positions`), fixed ones too. A file without any
+    decoder leaves an autoencoder's decoder at its initial values and warns. Trained lambda and eta
+    (`ista_learnable: layer`) that a file does not hold stay as configured.
+
     Args:
-        model: A model of the weights' shape.
+        model: A model of the weights' shape; its image size may be another.
         path_or_state_dict: Path or URL of a .safetensors or .pth file, or the mapping itself. A mapping may hold
             the state dict under "model" or "state_dict", and its names may begin with "module.".
+        part: "encoder" takes patch embedding, class token, positions, layers and the last norm alone; the file's decoder or
+            head is ignored, and so is its norm where the model averages tokens and norms afterwards.
+        convert: Lets a CRATE autoencoder that was trained on all tokens into a model that encodes the visible ones. Its
+            `decoder_embed` has no training then. No effect elsewhere.
 
     Raises:
-        ConfigError: Unknown file type or layout, or keys that are missing, extra or of another shape: all in one message.
+        ConfigError: Unknown file type or layout; keys that are missing, extra, of another shape or not finite, all in one
+            message; a file of ours whose configuration differs from the model's in a way that shapes do not show; or
+            CRATE weights of all tokens for visible tokens without `convert`.
     """
-    if isinstance(path_or_state_dict, str):
-        where, contents = path_or_state_dict, _read(path_or_state_dict)
-    else:
-        where, contents = "the state dict", path_or_state_dict
-    state = _unwrap(contents)
-    expected = model.state_dict()
-    if "patch_embed.weight" not in state:
-        state = _from_published(state, model.config, where)
-        # A published file knows nothing of trained ISTA scalars: they stay as configured.
-        state |= {key: value for key, value in expected.items() if ".ista.log_" in key}
-    _refuse_differences(state, expected, where)
-    model.load_state_dict(state)
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    if not storage.exists(path):
-        raise ConfigError(f"weights '{path}' do not exist; give a .safetensors or .pth file")
-    if path.endswith(".safetensors"):
-        try:
-            return safetensors.torch.load(storage.read_bytes(path))
-        except safetensors.SafetensorError as error:
-            raise ConfigError(f"weights '{path}' are no safetensors file: {error}") from None
-    if path.endswith((".pth", ".pt")):
-        return _read_pickle(path)
-    raise ConfigError(f"weights '{path}': unknown file type; valid: .safetensors, .pth")
-
-
-def _read_pickle(path: str) -> Mapping[str, Any]:
-    fix = "save its state dict alone, in .safetensors or with torch.save, where you trust the file"
-    try:
-        contents = torch.load(io.BytesIO(storage.read_bytes(path)), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"weights '{path}' hold more than tensors, or are damaged ({reason}); {fix}") from None
-    if not isinstance(contents, Mapping):
-        raise ConfigError(f"weights '{path}' hold a {type(contents).__name__}, not a state dict; {fix}")
-    return contents
-
-
-def _unwrap(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict itself, without the wrappings of training scripts and DataParallel."""
-    for key in ("model", "state_dict"):
-        if isinstance(contents.get(key), Mapping):
-            contents = contents[key]
-    state = {str(key): value for key, value in contents.items()}
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
-
-
-def _from_published(state: dict[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
-    """A published state dict under this project's names and shapes."""
-    if "patch_embed.proj.weight" in state:
-        state = _fit_autoencoder(state, config)
-    elif "to_patch_embedding.2.weight" in state:
-        state = {re.sub(r"^transformer\.layers\.(\d+)", r"blocks.\1.layers.0", key): value for key, value in state.items()}
-    else:
+    source = read_weights(path_or_state_dict)
+    converts = part == "all" and _is_for_all_tokens(source) and _is_crate_of_visible_tokens(model)
+    if converts and not convert:
         raise ConfigError(
-            f"{where}: {len(state)} keys of no known layout (first: {', '.join(sorted(state)[:3]) or 'none'}); valid: weights "
-            "of this project, of the CRATE repository's autoencoder or classifier, of facebookresearch/mae"
+            f"{source.where} hold a CRATE autoencoder trained with mask tokens in its encoder, but the model encodes visible "
+            "tokens only (encoder_tokens = visible): the same names, another function, and a decoder_embed without training; "
+            "set convert=True (`crate-ray weights FILE --preset ... --convert OUT`) to have that, or use encoder_tokens = all"
         )
-    return {_rename(key): value for key, value in state.items()}
+    _refuse_other_configuration(source, model, part, converts=converts)
+    state = _select(source, model, part)
+    expected = {k: v for k, v in model.state_dict().items() if part == "all" or _is_of_encoder(k)}
+    optional = {key for key in expected if _may_be_absent(key, source, converts=converts)}
+    interpolated = _resize_tables(state, expected, source.where)
+    _refuse_differences(source, model, state, expected, optional)
+    model.load_state_dict({**model.state_dict(), **state})
+    return _report(source, model, state, part, interpolated, converts=converts)
 
 
-def _fit_autoencoder(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Undoes what the published autoencoders hold in another form, or hold and never use."""
-    state = dict(state)
-    weight = state["patch_embed.proj.weight"]
-    if weight.ndim == 4:  # a convolution's (D, C, p, p) to rows in the pixel order (row, column, channel)
-        state["patch_embed.proj.weight"] = weight.permute(0, 2, 3, 1).flatten(1)
-    if config.encoder_tokens == "all":
+def _select(source: WeightsFile, model: MaskedAutoencoder | Classifier, part: str) -> dict[str, Any]:
+    """The file's tensors that the model could have, each under the name that it has there."""
+    state = dict(source.state)
+    if source.layout in ("crate", "mae") and model.config.encoder_tokens == "all":
         # There the decoder's table serves the encoder; the encoder's own and `decoder_embed` are in no forward pass.
-        for dead in ("pos_embed", "decoder_embed.weight", "decoder_embed.bias"):
-            state.pop(dead, None)
-        if "decoder_pos_embed" in state:
-            state["pos_embed"] = state.pop("decoder_pos_embed")
+        table = state.pop("decoder_pos_embed", None)
+        if isinstance(table, Tensor) and (isinstance(model, MaskedAutoencoder) or table.shape[-1] == model.config.width):
+            state["pos_embed"] = table
+        state = {key: value for key, value in state.items() if key not in _DECODER_EMBED}
+    if part == "encoder":
+        pools_tokens = hasattr(model, "fc_norm")
+        state = {k: v for k, v in state.items() if _is_of_encoder(k) and not (pools_tokens and k.startswith("norm."))}
     return state
 
 
-def _rename(key: str) -> str:
-    for pattern, ours in _NAMES:
-        renamed, matches = re.subn(pattern, ours, key)
-        if matches:
-            return renamed
-    return key
+def _is_of_encoder(key: str) -> bool:
+    return key.split(".", maxsplit=1)[0] in _ENCODER
 
 
-def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    problems = [f"missing: {key}" for key in sorted(expected.keys() - state.keys())]
+def _is_crate_of_visible_tokens(model: MaskedAutoencoder | Classifier) -> bool:
+    config = model.config
+    return isinstance(model, MaskedAutoencoder) and config.family == "crate" and config.encoder_tokens == "visible"
+
+
+def _is_for_all_tokens(source: WeightsFile) -> bool:
+    """Whether a CRATE autoencoder's file is of all tokens: as published, unless it says otherwise."""
+    if source.config is not None:
+        return source.config.encoder_tokens == "all"
+    if source.layout == "crate-ray":
+        return source.architecture.has_decoder and _DECODER_EMBED[0] not in source.state
+    return source.layout == "crate"
+
+
+def _may_be_absent(key: str, source: WeightsFile, *, converts: bool) -> bool:
+    """What a complete file need not hold: a decoder, if it has nothing of one; trained scalars; what a conversion adds."""
+    if is_of_decoder(key) and not source.architecture.has_decoder:
+        return True
+    return ".ista.log_" in key or (converts and key in (*_DECODER_EMBED, "decoder_pos_embed"))
+
+
+def _resize_tables(state: dict[str, Any], expected: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
+    """Brings position tables of the right width to the model's grid; says which."""
+    resized = []
+    for key in _TABLES:
+        found, wanted = state.get(key), expected.get(key)
+        if not isinstance(found, Tensor) or wanted is None or found.ndim != 3 or found.shape[1] == wanted.shape[1]:
+            continue
+        if (found.shape[0], found.shape[2]) != (1, wanted.shape[2]) or not found.is_floating_point():
+            continue  # another model altogether: listed with the other shapes
+        try:
+            state[key] = interpolate_positions(found, wanted.shape[1] - 1)
+        except ConfigError as error:
+            raise ConfigError(f"{where}, {key}: {error}") from None
+        resized.append(key)
+    return tuple(resized)
+
+
+def _refuse_other_configuration(
+    source: WeightsFile, model: MaskedAutoencoder | Classifier, part: str, *, converts: bool
+) -> None:
+    stored = source.config
+    if stored is None:
+        return
+    whole = _OF_THE_AUTOENCODER if isinstance(model, MaskedAutoencoder) else _OF_THE_CLASSIFIER
+    ignored = ("encoder_tokens",) if converts else ()
+    differences = [
+        f"{key}: {getattr(stored, key)} in the file, {getattr(model.config, key)} in the model"
+        for key in (_OF_THE_ENCODER if part == "encoder" else whole)
+        if key not in ignored and not _agree(stored, model.config, key)
+    ]
+    if differences:
+        listing = "\n  ".join(differences)
+        raise ConfigError(
+            f"{source.where} belong to another configuration; nothing was loaded. Build the model with the file's values, or "
+            f"give the tensors alone (safetensors.torch.load_file) to overrule them:\n  {listing}"
+        )
+
+
+def _agree(stored: ModelConfig, wanted: ModelConfig, key: str) -> bool:
+    if key not in ("ista_step_size", "ista_lambda"):
+        return bool(getattr(stored, key) == getattr(wanted, key))
+    if stored.family == "vit" or stored.ista_learnable == "layer":  # absent, or among the tensors
+        return True
+    return stored.per_layer(key) == wanted.per_layer(key)  # type: ignore[arg-type]
+
+
+def _refuse_differences(
+    source: WeightsFile,
+    model: MaskedAutoencoder | Classifier,
+    state: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    optional: set[str],
+) -> None:
+    problems = [f"missing: {key}" for key in sorted(expected.keys() - state.keys() - optional)]
     problems += [f"extra: {key}" for key in sorted(state.keys() - expected.keys())]
-    for key in sorted(expected.keys() & state.keys()):
-        found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
-        if found != tuple(expected[key].shape):
-            problems.append(f"shape: {key} is {found}, the model has {tuple(expected[key].shape)}")
+    shared = sorted(expected.keys() & state.keys())
+    problems += [line for key in shared if (line := _misfit(key, state[key], expected[key]))]
     if problems:
         more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         listing = "\n  ".join(problems[:_LISTED] + more)
         raise ConfigError(
-            f"{where} does not fit the model; nothing was loaded. Check model.* (family, widths, depths):\n  {listing}"
+            f"{source.where} (layout {source.layout}) do not fit the model; nothing was loaded. Check model.* against them:\n"
+            f"  file:  {source.architecture}\n  model: {infer_architecture(model.state_dict())}\n  {listing}"
         )
+    broken = [key for key in shared if not bool(torch.isfinite(state[key]).all())]
+    if broken:
+        raise ConfigError(
+            f"{source.where} hold NaN or infinite values, as a diverged run leaves them; nothing was loaded. Take an earlier "
+            f"checkpoint. In {len(broken)} tensors: {', '.join(broken[:5])}"
+        )
+
+
+def _misfit(key: str, found: Any, wanted: Tensor) -> str | None:
+    if not isinstance(found, Tensor):
+        return f"no tensor: {key} is {type(found).__name__}"
+    if tuple(found.shape) != tuple(wanted.shape):
+        return f"shape: {key} is {tuple(found.shape)}, the model has {tuple(wanted.shape)}"
+    if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
+        return f"kind: {key} is a {found.layout} {found.dtype} tensor on {found.device}, weights are plain floating point"
+    return None
+
+
+def _report(
+    source: WeightsFile,
+    model: MaskedAutoencoder | Classifier,
+    state: Mapping[str, Any],
+    part: str,
+    interpolated: tuple[str, ...],
+    *,
+    converts: bool,
+) -> LoadedWeights:
+    untrained = [key for key, _ in model.named_parameters() if key not in state or (converts and key in _DECODER_EMBED)]
+    found_decoder = source.architecture.has_decoder
+    warnings = []
+    if converts and found_decoder:
+        warnings.append(
+            f"{source.where} were trained on all tokens: decoder_embed is untrained, the published code never reads it; the "
+            "encoder has never seen visible tokens alone"
+        )
+    if part == "all" and isinstance(model, MaskedAutoencoder) and not found_decoder:
+        warnings.append(f"{source.where} hold an encoder only: the decoder keeps its initial values")
+    for text in warnings:
+        log.warning(text)
+    return LoadedWeights(source.layout, found_decoder, interpolated, tuple(untrained), tuple(warnings))
