@@ -2,9 +2,10 @@
 
 In: tokens (B, N, D). Out: tokens of the same shape. The ISTA step is computed with two matrix products
 instead of the published three, which is the same algebra at 8 instead of 10 N D^2 operations a layer;
-attention is fused where that was measured to be faster (`attend`).
+attention is fused where that was measured to be faster (`attend`). A layer of a decoder can be asked for some tokens only:
+whatever only other tokens would need is then left out, and the tokens asked for come out the same.
 
-Shapes: B batch, N tokens with the class token, D width, H heads, P = D / H head width.
+Shapes: B batch, N tokens with the class token, M tokens asked for, D width, H heads, P = D / H head width.
 """
 
 import math
@@ -12,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from crate_ray.models.patches import take_tokens
 
 
 def attend(q_BHNP: Tensor, k_BHNP: Tensor, v_BHNP: Tensor) -> Tensor:
@@ -25,6 +28,21 @@ def attend(q_BHNP: Tensor, k_BHNP: Tensor, v_BHNP: Tensor) -> Tensor:
         weights_BHNN: Tensor = logits_BHNN.softmax(dim=-1)
         return weights_BHNN @ v_BHNP
     return functional.scaled_dot_product_attention(q_BHNP, k_BHNP, v_BHNP)
+
+
+def _split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H P) to (B, H, N, P)."""
+    return x_BND.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join_heads(x_BHNP: Tensor) -> Tensor:
+    """(B, H, N, P) to (B, N, H P)."""
+    return x_BHNP.transpose(1, 2).flatten(2)
+
+
+def _residual(x_BND: Tensor, wanted_BM: Tensor | None) -> Tensor:
+    """What goes around a layer: every token, or the wanted ones."""
+    return x_BND if wanted_BM is None else take_tokens(x_BND, wanted_BM)
 
 
 class SubspaceAttention(nn.Module):
@@ -48,13 +66,14 @@ class SubspaceAttention(nn.Module):
 
     def project(self, z_BND: Tensor) -> Tensor:
         """The coordinates U_h^T z in every subspace, (B, H, N, P): what coding rates are measured on."""
-        stacked_BND: Tensor = self.qkv(z_BND)
-        return stacked_BND.reshape(*stacked_BND.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        return _split_heads(self.qkv(z_BND), self.num_heads)
 
-    def forward(self, z_BND: Tensor) -> Tensor:
-        """MSSA(z), without the residual."""
-        v_BHNP = self.project(z_BND)
-        return self.proj(attend(v_BHNP, v_BHNP, v_BHNP).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    def forward(self, z_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+        """MSSA(z), without the residual: of every token, or of those at the given positions, (B, M, D)."""
+        v_BND: Tensor = self.qkv(z_BND)
+        v_BHNP = _split_heads(v_BND, self.num_heads)
+        q_BHMP = v_BHNP if wanted_BM is None else _split_heads(take_tokens(v_BND, wanted_BM), self.num_heads)
+        return self.proj(_join_heads(attend(q_BHMP, v_BHNP, v_BHNP)))  # type: ignore[no-any-return]
 
 
 class IstaStep(nn.Module):
@@ -142,10 +161,11 @@ class CrateDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.attn = SubspaceAttention(width, num_heads)
 
-    def forward(self, y_BND: Tensor) -> Tensor:
-        """Y^{l+1} from Y^l."""
+    def forward(self, y_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+        """Y^{l+1} from Y^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""
         synthesis_BND = functional.linear(self.norm1(y_BND), self.dictionary)
-        return synthesis_BND - self.attn(self.norm2(synthesis_BND))  # type: ignore[no-any-return]
+        compressed = self.attn(self.norm2(synthesis_BND), wanted_BM)
+        return _residual(synthesis_BND, wanted_BM) - compressed  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):
@@ -160,11 +180,23 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Attention without the residual."""
-        qkv = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1))
-        q_BHNP, k_BHNP, v_BHNP = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attend(q_BHNP, k_BHNP, v_BHNP).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    def forward(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+        """Attention without the residual: of every token, or of those at the given positions, (B, M, D)."""
+        if wanted_BM is None:
+            q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+        else:
+            q_BND, k_BND, v_BND = self._project_wanted(x_BND, wanted_BM)
+        q_BHNP, k_BHNP, v_BHNP = (_split_heads(x, self.num_heads) for x in (q_BND, k_BND, v_BND))
+        return self.proj(_join_heads(attend(q_BHNP, k_BHNP, v_BHNP)))  # type: ignore[no-any-return]
+
+    def _project_wanted(self, x_BND: Tensor, wanted_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the wanted tokens, keys and values of all."""
+        width = x_BND.shape[-1]
+        weight_q, weight_kv = self.qkv.weight.split((width, 2 * width))
+        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split((width, 2 * width))
+        q_BMD = functional.linear(take_tokens(x_BND, wanted_BM), weight_q, bias_q)
+        k_BND, v_BND = functional.linear(x_BND, weight_kv, bias_kv).chunk(2, dim=-1)
+        return q_BMD, k_BND, v_BND
 
 
 class Mlp(nn.Module):
@@ -196,7 +228,7 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """X^{l+1} from X^l."""
-        half_BND = x_BND + self.attn(self.norm1(x_BND))
-        return half_BND + self.mlp(self.norm2(half_BND))  # type: ignore[no-any-return]
+    def forward(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+        """X^{l+1} from X^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""
+        half = _residual(x_BND, wanted_BM) + self.attn(self.norm1(x_BND), wanted_BM)
+        return half + self.mlp(self.norm2(half))  # type: ignore[no-any-return]

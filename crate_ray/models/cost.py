@@ -2,11 +2,13 @@
 
 In: a ModelConfig. Out: integers. A multiply-add is two operations; norms, softmax, activations and biases are not counted, as
 torch.utils.flop_counter does, which the tests compare with. Two conventions stand side by side: the algebra
-this project executes (two products in ISTA, prediction on hidden tokens) and the published one (three, all tokens).
+this project executes (two products in ISTA; last decoder layer and prediction head for hidden tokens) and the published one
+(three products, all tokens).
 
 With d width, N tokens of a sequence, class token included:
   CRATE layer        3 d^2 + 5 d parameters;  encoder 8 N d^2 + 4 N^2 d, published 10 N d^2; decoder 6 N d^2 + 4 N^2 d
   transformer layer  12 d^2 + 13 d, without the bias on Q, K, V 12 d^2 + 10 d;  24 N d^2 + 4 N^2 d
+A decoder layer that gives M tokens of N: CRATE 4 N d^2 + 2 M d^2 + 4 M N d;  transformer 4 N d^2 + 20 M d^2 + 4 M N d.
 A CRATE layer of one head has no output projection: d^2 + d parameters and 2 N d^2 operations less.
 """
 
@@ -64,8 +66,8 @@ def forward_flops(
     Args:
         config: The model.
         ista_products: Matrix products of an ISTA step: 2 as executed here, 3 as published.
-        predicted: Tokens through the prediction head: the hidden ones (`losses`), or all with the class token (`forward`
-            and the published code).
+        predicted: Tokens that the last decoder layer and the prediction head give: the hidden ones (`losses`), or all with
+            the class token (`forward` and the published code).
     """
     n, kept, patch_values = config.num_patches, config.num_kept, 3 * config.patch_size**2
     embedding = 2 * n * patch_values * config.width
@@ -74,8 +76,9 @@ def forward_flops(
     visible = config.encoder_tokens == "visible"
     encoder = _encoder_flops(config, 1 + (kept if visible else n), ista_products)
     decoder_embed = 2 * (1 + kept) * config.width * config.decoder_width if visible else 0
-    decoder = config.decoder_depth * _decoder_layer_flops(config, 1 + n)
-    head = 2 * (n - kept if predicted == "masked" else 1 + n) * config.decoder_width * patch_values
+    given = n - kept if predicted == "masked" else 1 + n
+    decoder = (config.decoder_depth - 1) * _decoder_layer_flops(config, 1 + n) + _decoder_layer_flops(config, 1 + n, given)
+    head = 2 * given * config.decoder_width * patch_values
     return embedding + encoder + decoder_embed + decoder + head
 
 
@@ -128,17 +131,18 @@ def _encoder_flops(config: ModelConfig, n: int, ista_products: int) -> int:
     return config.encoder_depth * (_subspace_attention_flops(config.width, config.num_heads, n) + ista)
 
 
-def _decoder_layer_flops(config: ModelConfig, n: int) -> int:
+def _decoder_layer_flops(config: ModelConfig, n: int, given: int | None = None) -> int:
     d = config.decoder_width
     if config.family == "vit":
-        return _transformer_layer_flops(d, n)
-    return 2 * n * d * d + _subspace_attention_flops(d, config.decoder_num_heads, n)
+        return _transformer_layer_flops(d, n, given)
+    return 2 * n * d * d + _subspace_attention_flops(d, config.decoder_num_heads, n, given)
 
 
-def _subspace_attention_flops(d: int, num_heads: int, n: int) -> int:
-    products = 2 if num_heads > 1 else 1
-    return 2 * products * n * d * d + 4 * n * n * d
+def _subspace_attention_flops(d: int, num_heads: int, n: int, given: int | None = None) -> int:
+    m = n if given is None else given
+    return 2 * n * d * d + (2 * m * d * d if num_heads > 1 else 0) + 4 * m * n * d
 
 
-def _transformer_layer_flops(d: int, n: int) -> int:
-    return 24 * n * d * d + 4 * n * n * d
+def _transformer_layer_flops(d: int, n: int, given: int | None = None) -> int:
+    m = n if given is None else given
+    return 4 * n * d * d + 20 * m * d * d + 4 * m * n * d

@@ -8,9 +8,9 @@ In: images (B, 3, H, W), normalised floats, and uniform noise (B, N). Out: loss,
   visible  before the decoder (published MAE): the encoder sees the kept patches only, a linear map changes
            the width, and the decoder has its own position table.
 
-`losses` is the training path: one number an image, the prediction head on hidden tokens only. `forward` predicts
-every patch, as published, for pictures and tests. The published `decoder_embed` of the `all` case never takes part in
-a forward pass; it does not exist here, so every parameter gets a gradient.
+`losses` is the training path: one number an image; the last decoder layer and the prediction head give hidden tokens only.
+`forward` predicts every patch, as published, for pictures and tests. The published `decoder_embed` of the `all` case
+never takes part in a forward pass; it does not exist here, so every parameter gets a gradient.
 
 Shapes: B batch, N patches, K kept, M hidden, Q pixel values of a patch, D width, E decoder width; 1+N with class token.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, initialise_linear
-from crate_ray.models.patches import Masking, draw_masking, patchify, sincos_positions, take_tokens
+from crate_ray.models.patches import Masking, draw_masking, normalise_patches, patchify, sincos_positions, take_tokens
 
 
 class MaskedAutoencoderOutput(NamedTuple):
@@ -91,14 +91,14 @@ class MaskedAutoencoder(nn.Module):
     def losses(self, images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
         """Each image's loss, (B,) float32: the mean squared error over its hidden patches.
 
-        Every image hides as many patches, so the mean over the batch is `forward`'s loss. Norm and prediction head
-        run on hidden tokens only.
+        Every image hides as many patches, so the mean over the batch is `forward`'s loss. The last decoder layer computes
+        hidden tokens only, from all as keys and values; so do norm and prediction head.
 
         Raises:
             ConfigError: Images or noise of another shape than the configuration's.
         """
         target_BNQ, masking, latent = self._encode_masked(images_BCHW, noise_BN)
-        decoded_BME = take_tokens(self._decode(latent, masking)[:, 1:], masking.masked)
+        decoded_BME = self._decode(latent, masking, wanted_BM=1 + masking.masked)
         pred_BMQ = self.decoder_pred(self.decoder_norm(decoded_BME))
         return self._patch_losses(pred_BMQ, take_tokens(target_BNQ, masking.masked)).mean(dim=1)
 
@@ -141,13 +141,14 @@ class MaskedAutoencoder(nn.Module):
             z_BND = block(z_BND)
         return self.norm(z_BND)  # type: ignore[no-any-return]
 
-    def _decode(self, latent: Tensor, masking: Masking) -> Tensor:
-        """Decoder tokens (B, 1 + N, E) before the decoder's norm."""
+    def _decode(self, latent: Tensor, masking: Masking, wanted_BM: Tensor | None = None) -> Tensor:
+        """Decoder tokens before the decoder's norm: all, (B, 1 + N, E), or those at the given positions, (B, M, E)."""
         if self.config.encoder_tokens == "visible":
             latent = self._fill_in_mask_tokens(self.decoder_embed(latent), masking) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
+        *earlier, last = self.decoder_blocks
+        for block in earlier:
             latent = block(latent)
-        return latent
+        return last(latent, wanted_BM)  # type: ignore[no-any-return]
 
     def _fill_in_mask_tokens(self, visible: Tensor, masking: Masking) -> Tensor:
         """Kept tokens back at their positions, mask tokens elsewhere, class token first."""
@@ -160,8 +161,7 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error of each patch, in float32; the target normalised by patch if so configured."""
         target = target.float()
         if self.config.norm_pix_loss:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
-            target = (target - mean) * torch.rsqrt(variance + 1e-6)
+            target = normalise_patches(target)
         return (pred.float() - target).square().mean(dim=-1)
 
     def _initialise(self) -> None:
