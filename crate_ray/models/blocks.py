@@ -32,7 +32,7 @@ def attend(q_BHNP: Tensor, k_BHNP: Tensor, v_BHNP: Tensor) -> Tensor:
 
 def _split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
     """(B, N, H P) to (B, H, N, P)."""
-    return x_BND.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x_BND.reshape(*x_BND.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def _join_heads(x_BHNP: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ class SelfAttention(nn.Module):
     def _project_wanted(self, x_BND: Tensor, wanted_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the wanted tokens, keys and values of all."""
         width = x_BND.shape[-1]
-        weight_q, weight_kv = self.qkv.weight.split((width, 2 * width))
-        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split((width, 2 * width))
+        weight_q, weight_kv = self.qkv.weight.split_with_sizes((width, 2 * width))
+        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split_with_sizes((width, 2 * width))
         q_BMD = functional.linear(take_tokens(x_BND, wanted_BM), weight_q, bias_q)
         k_BND, v_BND = functional.linear(x_BND, weight_kv, bias_kv).chunk(2, dim=-1)
         return q_BMD, k_BND, v_BND
