@@ -137,6 +137,10 @@ class EvalConfig(Frozen):
     probe_every_steps: int | None = Field(None, ge=1, description="kNN on validation")
     max_images: int | None = Field(None, ge=1, description="validation images for the loss; all of them by default")
     knn_images: int = Field(2048, ge=1, description="labelled training images that kNN looks among")
+    whitebox_every_steps: int | None = Field(
+        500, ge=1, description="what each layer does to a frozen batch; also of the initialisation and at the end; null: never"
+    )
+    whitebox_images: int = Field(16, ge=1, le=256, description="validation images of that batch, spread over all")
     log_every_steps: int = Field(10, ge=1)
 
 

@@ -40,6 +40,8 @@ def identity(*overrides: str) -> str:
         "tracking.experiment=crate-mae/other",
         "eval.every_steps=7",
         "eval.probe_every_steps=null",
+        "eval.whitebox_every_steps=null",
+        "eval.whitebox_images=8",
         "checkpoint.every_steps=3",
         "checkpoint.keep_last=9",
         "data.num_loaders=0",

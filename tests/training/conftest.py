@@ -50,6 +50,7 @@ def load_tiny(shards: Path, tmp_path: Path) -> LoadTiny:
             "train.precision=float32",
             "eval.every_steps=null",
             "eval.probe_every_steps=null",
+            "eval.whitebox_every_steps=null",
             "eval.log_every_steps=1",
             "scale.use_gpu=false",
             f"storage.path={tmp_path / 'runs'}",
