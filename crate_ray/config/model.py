@@ -8,7 +8,7 @@ in tests/golden, so that a published case is a ModelConfig.
 import math
 from typing import Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from crate_ray.config.base import ConfigError, Frozen, nearest
 
@@ -73,10 +73,15 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size = {self.image_size} is smaller than one patch of patch_size = {self.patch_size}; "
+                f"use an image size of at least {2 * self.patch_size}, or smaller patches"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}; "
-                f"use an image size of {self.image_size - self.image_size % self.patch_size or self.patch_size}"
+                f"use an image size of {max(self.image_size // self.patch_size, 2) * self.patch_size}"
             )
         for width, heads, name in (
             (self.width, self.num_heads, ""),
@@ -99,9 +104,21 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"{name} has {len(layers)} values; give one, or one for each of the {self.encoder_depth} layers"
                 )
-            if any(not 0 <= v < float("inf") for v in layers):
-                raise ValueError(f"{name} = {value} must be finite and at least 0")
+            if self.ista_learnable == "layer" and 0 in layers:
+                raise ValueError(
+                    f"ista_learnable = layer trains logarithms, but {name} = {value} holds a 0; start from positive values, or "
+                    "set ista_learnable to none"
+                )
         return self
+
+    @field_validator("ista_step_size", "ista_lambda", mode="before")
+    @classmethod
+    def _check_scalars(cls, value: Any) -> Any:
+        """One message, where pydantic would give one for each kind of value."""
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf for v in numbers):
+            raise ValueError("give a finite number of at least 0, or a list of one for each encoder layer")
+        return value
 
     def _check_classifier(self) -> None:
         kind = (self.family, self.embedding, self.pool)
@@ -118,6 +135,11 @@ class ModelConfig(Frozen):
 
     def _check_masking(self) -> None:
         n = self.num_patches
+        if n == 1:
+            raise ValueError(
+                f"image_size = {self.image_size} is one patch of patch_size = {self.patch_size}, and one must be kept and "
+                f"one masked; use an image size of at least {2 * self.patch_size}, or smaller patches"
+            )
         if not 1 <= self.num_kept < n or not 0 <= self.mask_ratio <= 1:
             # Rounded down, past the truncation of num_kept: the printed ratio must itself be valid.
             largest = math.floor(1e4 * (1 - 1 / n) - 1e-6) / 1e4

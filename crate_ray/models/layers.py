@@ -11,20 +11,11 @@ from crate_ray.models.blocks import CrateDecoderLayer, CrateEncoderLayer, Transf
 
 
 def encoder_layers(config: ModelConfig) -> nn.ModuleList:
-    """The encoder, first layer first.
-
-    Raises:
-        ConfigError: A step size or lambda of 0 is to be trained; its logarithm is.
-    """
+    """The encoder, first layer first."""
     if config.family == "vit":
         return _transformer_layers(config, config.encoder_depth, config.width, config.num_heads)
     steps, lambdas = config.per_layer("ista_step_size"), config.per_layer("ista_lambda")
     learnable = config.ista_learnable == "layer"
-    if learnable and not (min(steps) > 0 and min(lambdas) > 0):
-        raise ConfigError(
-            f"ista_learnable = 'layer' trains logarithms, but ista_step_size = {config.ista_step_size} and "
-            f"ista_lambda = {config.ista_lambda} hold a 0; start from positive values, or set ista_learnable to 'none'"
-        )
     return nn.ModuleList(
         CrateEncoderLayer(
             config.width, config.num_heads, eps=config.block_norm_eps, step_size=eta, lam=lam, learnable=learnable
