@@ -11,7 +11,6 @@ C = H P basis vectors.
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ from crate_ray.evaluation.spectrum import LatentMeasures
 from crate_ray.models import Classifier, MaskedAutoencoder
 from crate_ray.models.blocks import CrateEncoderLayer, IstaStep, SubspaceAttention
 
-POWER_ITERATIONS = 50
-POWER_BLOCK = 16
+POWER_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -162,18 +160,16 @@ def ista_objective_ratio(ista: IstaStep, y_BND: Tensor, code_BND: Tensor) -> flo
 
 @torch.no_grad()
 def max_singular_value(matrix: Tensor) -> float:
-    """The largest singular value, by power iteration on a block of 16 vectors; NaN for a matrix that is not finite.
+    """The largest singular value, by 200 power iterations on A^T A; NaN for a matrix that is not finite.
 
-    The start is the same on every call and the result is a lower bound. The block makes it exact to about 1e-4 on matrices
-    without a gap below the largest value, such as a random start, where a single vector needs thousands of iterations.
+    The start is the same on every call, and the result is a lower bound: within 1e-4 of the exact value for
+    a dictionary at initialisation, within 2e-3 where many singular values crowd just below the largest.
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], min(POWER_BLOCK, *matrix.shape), generator=generator)
-    block = start.to(matrix)
+    start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    vector = start.to(matrix)
     for _ in range(POWER_ITERATIONS):
-        block = torch.linalg.qr(matrix.T @ (matrix @ block)).Q
-    image = matrix @ block
-    return float(torch.linalg.matrix_norm(image, ord=2)) if bool(image.isfinite().all()) else math.nan
+        vector = functional.normalize(matrix.T @ (matrix @ vector), dim=0, eps=torch.finfo(matrix.dtype).tiny)
+    return float(torch.linalg.vector_norm(matrix @ vector))
 
 
 @torch.no_grad()
