@@ -34,6 +34,7 @@ from crate_ray.training.precision import choose_device, make_deterministic, reso
 from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep
 from crate_ray.training.throughput import Throughput, peak_memory_gib
+from crate_ray.training.whitebox import WhiteboxMonitor
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,11 @@ class Trainer:
             if config.data.eval
             else None
         )
+        self.whitebox = (
+            WhiteboxMonitor(config, device=self.device)
+            if config.data.eval and config.eval.whitebox_every_steps and context.rank == 0
+            else None
+        )
         self.sink: MetricSink = RecordWriter(folder, context.attempt) if context.rank == 0 else NullSink()
         self.throughput = Throughput(config.train.global_batch)
         self.is_stopping = False
@@ -172,6 +178,8 @@ class Trainer:
 
     def run(self) -> LoopResult:
         """The loop."""
+        if self.step == 0:
+            self._record(self._measure_whitebox())  # the initialisation: later values mean little without it
         if self.step == self.total:  # stopped between the last checkpoint and the final numbers
             self._evaluate()
         while self.step < self.total and not self.is_stopping:
@@ -253,7 +261,7 @@ class Trainer:
         """Validation loss and kNN where they are due; both at the end."""
         if self.evaluator is None:
             return
-        values: dict[str, float] = {}
+        values = self._measure_whitebox()
         if self._is_due(self.config.eval.every_steps):
             values["eval/loss"] = self.evaluator.loss(self.model)
             self._eval_loss = values["eval/loss"]
@@ -261,6 +269,16 @@ class Trainer:
             top1 = self.evaluator.knn(self.model)
             if top1 is not None:
                 values["eval/knn_top1"] = top1
+        self._record(values)
+
+    def _measure_whitebox(self) -> dict[str, float]:
+        """What each layer does to the frozen batch, where it is due. On rank 0 alone, and without a collective."""
+        if self.whitebox is None or not self._is_due(self.config.eval.whitebox_every_steps):
+            return {}
+        return self.whitebox.measure(self.model)
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        """Writes what was measured between steps, and leaves that time out of the throughput."""
         if values:
             self.sink.write(self.step, values)
             self.throughput.resume()
