@@ -12,8 +12,6 @@ Shapes: B batch, N patches, K kept, Q pixel values of a patch, D width, E decode
 class token.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -298,15 +296,11 @@ def cut_patches(images_BCHW: Tensor, patch_size: int) -> Tensor:
 
 def position_table(width: int, side: int) -> Tensor:
     """Sine and cosine of the column, then of the row, at width / 4 frequencies; zeros for the class token."""
-    quarter = width // 4
-    table = torch.zeros(1, 1 + side * side, width, dtype=torch.float64)
-    for row in range(side):
-        for column in range(side):
-            angles = [place / 10_000 ** (i / quarter) for place in (column, row) for i in range(quarter)]
-            sines, cosines = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
-            values = sines[:quarter] + cosines[:quarter] + sines[quarter:] + cosines[quarter:]
-            table[0, 1 + row * side + column] = torch.tensor(values, dtype=torch.float64)
-    return table.float()
+    places = torch.arange(side, dtype=torch.float64)
+    angles = places[:, None] / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    column, row = angles.expand(side, side, -1), angles[:, None].expand(side, side, -1)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1).flatten(0, 1)
+    return functional.pad(table, (0, 0, 1, 0)).float()[None]
 
 
 def _pick(x_BND: Tensor, index_BK: Tensor) -> Tensor:

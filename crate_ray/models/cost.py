@@ -20,9 +20,6 @@ from crate_ray.config import ModelConfig
 BACKWARD_FACTOR = 3
 """Forward and backward together, in forwards: a backward costs two."""
 
-STATE_BYTES_PER_PARAMETER = 16
-"""float32 weight, gradient and AdamW's two moments."""
-
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -37,6 +34,10 @@ class ParameterCount:
     """What an optimizer updates."""
     encoder: int
     """Trainable backbone: patch embedding, class token, encoder layers, final norm, learned positions."""
+    dead_decoder_embed: int = 0
+    """Of `paper`: the linear map of the all-token class that no forward pass uses and no gradient reaches."""
+    second_table: int = 0
+    """Of `paper`: its second position table; encoder and decoder share the positions added before the encoder."""
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -53,7 +54,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     tables = positions * d + positions * e
     if config.encoder_tokens == "all":
         trainable = encoder + decoder
-        return ParameterCount(trainable + decoder_embed + tables, trainable + positions * d, trainable, encoder)
+        paper, table = trainable + decoder_embed + tables, positions * d
+        return ParameterCount(paper, trainable + table, trainable, encoder, decoder_embed, table)
     trainable = encoder + decoder_embed + decoder
     return ParameterCount(trainable + tables, trainable + tables, trainable, encoder)
 
@@ -96,11 +98,6 @@ def encode_flops(config: ModelConfig) -> int:
 def training_flops_per_image(config: ModelConfig) -> int:
     """Forward and backward of one image in training: three times the executed forward pass."""
     return BACKWARD_FACTOR * forward_flops(config)
-
-
-def training_state_bytes(config: ModelConfig) -> int:
-    """Bytes of weights, gradients and optimizer moments in float32, without activations."""
-    return STATE_BYTES_PER_PARAMETER * count_parameters(config).trainable
 
 
 def _encoder_layer_parameters(config: ModelConfig) -> int:

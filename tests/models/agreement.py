@@ -21,7 +21,8 @@ def published_names(model: nn.Module, published: Mapping[str, Tensor]) -> dict[s
     """Our parameter's name to the published one, found by loading a state dict of numbered markers."""
     names = list(published)
     marked = create_model(model.config)  # type: ignore[arg-type]
-    load_weights(marked, {name: torch.full_like(published[name], float(index)) for index, name in enumerate(names)})
+    markers = {name: torch.full_like(published[name], float(index)) for index, name in enumerate(names)}
+    load_weights(marked, markers, convert=True)
     return {
         ours: names[int(value.flatten()[0])]
         for ours, value in marked.named_parameters()

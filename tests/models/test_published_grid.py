@@ -96,7 +96,7 @@ def pair(keys: dict[str, Any]) -> tuple[Any, Any]:
     config = ModelConfig.parse(keys)
     oracle = shaken((PublishedMaskedAutoencoder if config.num_classes is None else PublishedClassifier)(config))
     ours = create_model(config)
-    load_weights(ours, oracle.state_dict())
+    load_weights(ours, oracle.state_dict(), convert=True)  # for CRATE on visible tokens; no effect elsewhere
     return oracle, ours
 
 

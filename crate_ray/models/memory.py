@@ -1,0 +1,116 @@
+"""What training keeps in memory, in closed form. Plain arithmetic, no torch.
+
+In: a ModelConfig. Out: bytes. Weights, gradients and moments are there once (`training_state_bytes`); what autograd keeps
+for the backward pass grows by `activation_bytes` with every image. Temporaries, the copies of weights that autocast
+makes, and the allocator's rounding are not in either, so a device needs more than their sum.
+
+Convention: `losses` (of a classifier: its logits), run eagerly, attention fused, so that no N x N matrix is kept. So it is in
+float32 everywhere and in bfloat16 on a GPU; on a CPU attention in bfloat16 is plain and keeps its weights, two bytes for
+each head and pair of tokens, and copies of what it multiplies. In bfloat16 LayerNorm takes and gives float32, as
+autocast has it on a GPU. A compiled model may keep less.
+
+Of each token a layer keeps, in values (d width; "half" has the precision of matrix products, the rest is float32):
+  every layer    input d, its middle d (half-step, or synthesis in a decoder of CRATE), 4 of the norms, H of attention
+  CRATE encoder  half: 5 d (two norms, coordinates in subspaces, attention, residual of ISTA); d more where eta is trained
+  CRATE decoder  half: 4 d (two norms, coordinates, attention)
+  transformer    half: 14 d (two norms, Q, K, V, attention, 4 d on each side of the GELU)
+The last decoder layer keeps less of tokens that are not hidden (`_last_decoder_layer_bytes`).
+"""
+
+from typing import Literal
+
+from crate_ray.config import ModelConfig
+from crate_ray.models.cost import count_parameters
+
+STATE_BYTES_PER_PARAMETER = 16
+"""float32 weight, gradient and AdamW's two moments."""
+
+Precision = Literal["float32", "bfloat16"]
+
+_FLOAT32 = 4
+_INT64 = 8
+_NORM_STATISTICS = 2 * _FLOAT32
+
+
+def training_state_bytes(config: ModelConfig) -> int:
+    """Bytes of weights, gradients and optimizer moments in float32, without activations."""
+    return STATE_BYTES_PER_PARAMETER * count_parameters(config).trainable
+
+
+def activation_bytes(config: ModelConfig, *, precision: Precision = "float32") -> int:
+    """Bytes kept for the backward pass of one image; see the module for what is counted.
+
+    Args:
+        config: The model.
+        precision: Of matrix products: float32, or bfloat16 under autocast.
+    """
+    product = _FLOAT32 if precision == "float32" else 2
+    if config.num_classes is not None:
+        return _classifier_bytes(config, product)
+    n, d = config.num_patches, config.width
+    patches = product * n * 3 * config.patch_size**2
+    if config.encoder_tokens == "all":
+        mask = n
+        return patches + mask + _encoder_bytes(config, 1 + n, product) + _decoder_bytes(config, product)
+    visible = 1 + config.num_kept
+    positioned, decoder_embed = _FLOAT32 * n * d, product * visible * d
+    encoder = _encoder_bytes(config, visible, product)
+    return patches + positioned + encoder + decoder_embed + _decoder_bytes(config, product)
+
+
+def _encoder_bytes(config: ModelConfig, n: int, product: int) -> int:
+    """Encoder layers and the norm behind them."""
+    norm = _FLOAT32 * n * config.width + _NORM_STATISTICS * n
+    return config.encoder_depth * _encoder_layer_bytes(config, n, product) + norm
+
+
+def _decoder_bytes(config: ModelConfig, product: int) -> int:
+    """Decoder layers; of the hidden tokens the last layer, norm, prediction and squared error."""
+    n, e, hidden = 1 + config.num_patches, config.decoder_width, config.num_patches - config.num_kept
+    layers = (config.decoder_depth - 1) * _decoder_layer_bytes(config, n, product)
+    positions = _INT64 * (hidden + (config.num_patches if config.encoder_tokens == "visible" else 0))
+    norm = _FLOAT32 * hidden * e + _NORM_STATISTICS * hidden
+    prediction = product * hidden * e + _FLOAT32 * hidden * 3 * config.patch_size**2
+    return layers + _last_decoder_layer_bytes(config, n, hidden, product) + positions + norm + prediction
+
+
+def _classifier_bytes(config: ModelConfig, product: int) -> int:
+    n, d, values = config.num_patches, config.width, 3 * config.patch_size**2
+    embedding = product * n * values
+    if config.embedding == "normed":
+        embedding += _FLOAT32 * n * (values + d) + 2 * _NORM_STATISTICS * n
+    layers = config.encoder_depth * _encoder_layer_bytes(config, 1 + n, product)
+    pooled = _FLOAT32 * d if config.pool == "mean" else 0
+    keeps_output = config.pool == "cls" or config.family == "crate"
+    output = _FLOAT32 * (1 + n) * d if keeps_output else 0
+    return embedding + layers + output + pooled + _NORM_STATISTICS + product * d
+
+
+def _encoder_layer_bytes(config: ModelConfig, n: int, product: int) -> int:
+    if config.family == "vit":
+        return _layer_bytes(n, config.width, config.num_heads, 14 * product)
+    trained_step = _FLOAT32 if config.ista_learnable == "layer" else 0
+    return _layer_bytes(n, config.width, config.num_heads, 5 * product + trained_step)
+
+
+def _decoder_layer_bytes(config: ModelConfig, n: int, product: int) -> int:
+    products = 14 if config.family == "vit" else 4
+    return _layer_bytes(n, config.decoder_width, config.decoder_num_heads, products * product)
+
+
+def _last_decoder_layer_bytes(config: ModelConfig, n: int, hidden: int, product: int) -> int:
+    """Keys and values of all tokens, the rest of the hidden ones; what they are picked from is kept as it was computed."""
+    e, attention = config.decoder_width, _FLOAT32 * config.decoder_num_heads * hidden
+    if config.family == "crate":  # all: input, synthesis, norms, coordinates; hidden: queries, attention
+        picked_from = product if product < _FLOAT32 else 0
+        all_tokens = n * (e * (2 * _FLOAT32 + 3 * product + picked_from) + 2 * _NORM_STATISTICS)
+        return all_tokens + hidden * e * 2 * product + attention
+    picked_from = _FLOAT32 if product < _FLOAT32 else 0  # all: input, norm, keys, values; hidden: the rest
+    all_tokens = n * (e * (_FLOAT32 + 3 * product + picked_from) + _NORM_STATISTICS)
+    return all_tokens + hidden * (e * (_FLOAT32 + 12 * product) + _NORM_STATISTICS) + attention
+
+
+def _layer_bytes(n: int, d: int, num_heads: int, width_bytes: int) -> int:
+    """Input and middle of the layer in float32, `width_bytes` for each of n d values, statistics of norms and attention."""
+    statistics = 2 * _NORM_STATISTICS + _FLOAT32 * num_heads
+    return n * (d * (2 * _FLOAT32 + width_bytes) + statistics)
