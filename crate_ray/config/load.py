@@ -54,7 +54,7 @@ def load_run(recipe_or_path: str, overrides: Iterable[str] = ()) -> RunConfig:
     values = read_yaml(text, where=f"recipe {recipe_or_path}")
     values.setdefault("recipe", name)
     for item in overrides:
-        _apply(values, item)
+        apply_override(values, item)
     return RunConfig.parse(values, where=f"recipe {recipe_or_path}")
 
 
@@ -76,7 +76,16 @@ def _find(recipe_or_path: str) -> tuple[str, str]:
     )
 
 
-def _apply(values: dict[str, Any], item: str) -> None:
+def apply_override(values: dict[str, Any], item: str) -> None:
+    """Sets one key of nested mappings, in place.
+
+    Args:
+        values: Sections and their keys.
+        item: `a.b=value`, the value in YAML.
+
+    Raises:
+        ConfigError: Not of that form, or the value is no YAML.
+    """
     key, separator, text = item.partition("=")
     if not separator or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"--set {item}: expected key=value with a dotted key, such as train.steps=600")
