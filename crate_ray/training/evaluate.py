@@ -1,4 +1,4 @@
-"""What the loop measures on validation shards: the loss under fixed masks, and kNN.
+"""What the loop measures on validation shards: the loss (under fixed masks), a classifier's top-1, and kNN.
 
 Every rank takes a slice of the images; sums and features are gathered, so the numbers do not depend
 on the number of workers. Masks are drawn from (seed 0, sample), the same for every run and every step.
@@ -15,19 +15,20 @@ from crate_ray.config import RunConfig
 from crate_ray.data import Batch, ShardIndex, load_index, read_all
 from crate_ray.evaluation.features import Features, extract_features
 from crate_ray.evaluation.probes import knn_top1
-from crate_ray.models import MaskedAutoencoder
+from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.training.objective import Objective, create_objective, noise_size
 from crate_ray.training.precision import autocast
-from crate_ray.training.step import Normalise
 
 EVAL_BATCH = 256
+Model = MaskedAutoencoder | Classifier
 Ids = NDArray[np.int64]
 
 
 class Evaluator:
-    """Validation loss and kNN of one run.
+    """Validation numbers of one run.
 
     Args:
-        config: Names the shards, image size and mask ratio.
+        config: Names the task, the shards, image size and mask ratio.
         rank: This worker.
         world_size: Workers that share the work; each must call the same methods.
     """
@@ -44,24 +45,19 @@ class Evaluator:
         self._train_index: ShardIndex | None = None
 
     @torch.inference_mode()
-    def loss(self, model: MaskedAutoencoder) -> float:
-        """Mean loss on masked patches over the validation images."""
+    def metrics(self, model: Model) -> dict[str, float]:
+        """Means over the validation images of what the task measures: `eval/loss`, for a classifier `eval/top1` too."""
         device = next(model.parameters()).device
-        normalise = Normalise(self._config.data.mean, self._config.data.std).to(device)
-        totals = torch.zeros(2, dtype=torch.float64)
-        model.eval()
-        for batch in read_images(self._config, self._eval_url, sample_ids=self._mine(self._eval_ids), noise=True):
-            assert batch.noise_BN is not None
-            with autocast(self._precision, device):
-                losses = model.losses(normalise(batch.images_BCHW.to(device)), batch.noise_BN.to(device))
-            weights = batch.weights_B.double()
-            totals += torch.stack([(losses.double().cpu() * weights).sum(), weights.sum()])
-        model.train()
+        objective = create_objective(model, self._config)
+        totals = torch.zeros(1 + len(objective.measures), dtype=torch.float64)
+        ids = self._mine(self._eval_ids)
+        for rows_BM in measure_images(objective, self._config, self._eval_url, precision=self._precision, sample_ids=ids):
+            totals += torch.cat([torch.tensor([len(rows_BM)]), rows_BM.sum(dim=0)])
         if self._world_size > 1:
             totals = _all_reduce(totals, device)
-        return float(totals[0] / totals[1])
+        return {f"eval/{name}": float(total / totals[0]) for name, total in zip(objective.measures, totals[1:], strict=True)}
 
-    def knn(self, model: MaskedAutoencoder) -> float | None:
+    def knn(self, model: Model) -> float | None:
         """Accuracy of kNN for validation images among labelled training images; None without labels."""
         if self._train_index is None:
             self._train_index = load_index(self._config.data.train)
@@ -79,7 +75,7 @@ class Evaluator:
             torch.from_numpy(queries.labels_N),
         )
 
-    def _features(self, model: MaskedAutoencoder, url: str, ids: Ids) -> Features:
+    def _features(self, model: Model, url: str, ids: Ids) -> Features:
         if len(ids) <= self._rank:  # fewer images than workers: this one has none
             mine = _no_features(self._config.model.width)
         else:
@@ -92,6 +88,25 @@ class Evaluator:
 
     def _mine(self, ids: Ids) -> Ids:
         return ids[self._rank :: self._world_size]
+
+
+@torch.inference_mode()
+def measure_images(
+    objective: Objective, config: RunConfig, url: str, *, precision: str, sample_ids: Ids | None = None
+) -> Iterator[torch.Tensor]:
+    """What the objective measures of each image, in the order of the index: (B, measures) float64 on the CPU.
+
+    The model is in evaluation mode meanwhile, and ready to train afterwards.
+    """
+    device = next(objective.parameters()).device
+    objective.eval()
+    try:
+        for batch in read_images(config, url, sample_ids=sample_ids, noise=noise_size(config) > 0):
+            with autocast(precision, device):
+                rows_BM = objective.measure(batch.images_BCHW.to(device), objective.targets(batch).to(device))
+            yield rows_BM.double().cpu()[batch.weights_B > 0]
+    finally:
+        objective.train()
 
 
 def read_images(config: RunConfig, url: str, *, sample_ids: Ids | None = None, noise: bool = False) -> Iterator[Batch]:
@@ -107,9 +122,7 @@ def read_images(config: RunConfig, url: str, *, sample_ids: Ids | None = None, n
     )
 
 
-def encode_images(
-    model: MaskedAutoencoder, config: RunConfig, url: str, *, precision: str, sample_ids: Ids | None = None
-) -> Features:
+def encode_images(model: Model, config: RunConfig, url: str, *, precision: str, sample_ids: Ids | None = None) -> Features:
     """Features of the images under the precision that the run trains in."""
     device = next(model.parameters()).device
     batches = read_images(config, url, sample_ids=sample_ids)

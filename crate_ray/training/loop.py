@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from crate_ray.config import RunConfig
 from crate_ray.data import Reader, load_index, open_reader
-from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.models import create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
 from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
 from crate_ray.training.checkpoint import (
@@ -29,6 +29,8 @@ from crate_ray.training.checkpoint import (
     save_checkpoint,
 )
 from crate_ray.training.evaluate import Evaluator
+from crate_ray.training.first_weights import load_first_weights
+from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
@@ -108,9 +110,7 @@ class Trainer:
         self.warmup = warmup_steps(config, self.num_samples)
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
         make_deterministic(config)
-        model = create_model(config.model)
-        assert isinstance(model, MaskedAutoencoder)
-        self.model = model.to(self.device)
+        self.model = create_model(config.model).to(self.device)
         self.optimizer = create_optimizer(self.model, config.optimizer, lr=self.peak_lr)
         restored = self._restore()
         self.step = restored.step if restored else 0
@@ -133,13 +133,14 @@ class Trainer:
         self.is_saving = False
         self._pending: deque[PendingOutcome] = deque()
         self._outcomes: list[StepOutcome] = []
-        self._eval_loss: float | None = None
+        self._eval_values: dict[str, float] = {}
         self._saved_step = self.step if restored else -1
         self._saved_at = time.monotonic()
 
     def _restore(self) -> Checkpoint | None:
         checkpoint = self._agreed_checkpoint()
         if checkpoint is None:
+            load_first_weights(self.model, self.config)
             return None
         self.model.load_state_dict(checkpoint.read(MODEL_FILE))
         restore_optimizer(self.model, self.optimizer, checkpoint.read(OPTIMIZER_FILE))
@@ -170,7 +171,7 @@ class Trainer:
             augment=data.augment,
             crop_scale=data.crop_scale,
             flip=data.flip,
-            noise_size=self.config.model.num_patches,
+            noise_size=noise_size(self.config),
             max_pixels=data.max_pixels,
             on_error=data.on_error,
             max_replaced_fraction=data.max_replaced_fraction,
@@ -258,13 +259,13 @@ class Trainer:
         self.sink.write(self.step, values)
 
     def _evaluate(self) -> None:
-        """Validation loss and kNN where they are due; both at the end."""
+        """What the task measures on validation, and kNN, where they are due; both at the end."""
         if self.evaluator is None:
             return
         values = self._measure_whitebox()
         if self._is_due(self.config.eval.every_steps):
-            values["eval/loss"] = self.evaluator.loss(self.model)
-            self._eval_loss = values["eval/loss"]
+            self._eval_values = self.evaluator.metrics(self.model)
+            values.update(self._eval_values)
         if self._is_due(self.config.eval.probe_every_steps):
             top1 = self.evaluator.knn(self.model)
             if top1 is not None:
@@ -319,8 +320,7 @@ class Trainer:
             "final/train_hours": self.train_seconds / 3600,
         }
         record_precision(self.folder, self.precision)
-        if self._eval_loss is not None:
-            values["final/eval_loss"] = self._eval_loss
+        values |= {key.replace("eval/", "final/eval_"): value for key, value in self._eval_values.items()}
         if self.throughput.images_per_s is not None:
             values["final/images_per_s"] = self.throughput.images_per_s
         cost = {

@@ -1,33 +1,57 @@
 """AdamW with the published parameter groups."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from crate_ray.config import OptimizerConfig
 
-_TOKENS = ("cls_token", "mask_token", "pos_embed", "pos_embedding")
+_TOKENS = ("cls_token", "mask_token", "pos_embed")
+_EMBEDDING = ("patch_norm", "patch_embed", "embed_norm", "cls_token", "pos_embed")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: weights with decay; norms, biases, per-layer scalars and tokens without.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, object]]:
+    """Weights with decay; norms, biases, per-layer scalars and tokens without. Two groups, or two for each layer.
 
     Source: facebookresearch/mae, which leaves one-dimensional parameters out; its class and mask
     tokens decay there, ours do not, as in the supervised recipes of both families.
+
+    Args:
+        model: With `blocks`.
+        weight_decay: Of the weights.
+        layer_decay: A group's `lr_scale` is this to the power of the layers above it. Source: facebookresearch/mae
+            (fine-tuning), after BEiT: embedding and tokens are layer 0, `blocks.i` is i + 1, norm and head come last.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    top = len(cast(nn.ModuleList, model.blocks)) + 1
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in _TOKENS
-            (free if is_free else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+            layer = top if layer_decay is None else layer_of(name, top)
+            groups.setdefault((layer, is_free), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_free else weight_decay,
+            "lr_scale": 1.0 if layer_decay is None else layer_decay ** (top - layer),
+        }
+        for (layer, is_free), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def layer_of(name: str, top: int) -> int:
+    """The layer of a parameter, from 0 at the embedding to `top` at the head."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return int(rest[0]) + 1
+    return 0 if first in _EMBEDDING else top
 
 
 def create_optimizer(model: nn.Module, config: OptimizerConfig, *, lr: float) -> torch.optim.AdamW:
     """Fused AdamW; the loop sets the rate of every step."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -6,19 +6,22 @@ Everything that can refuse a run refuses it here, before a cluster is touched.
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import RunConfig, digest, fingerprint, resume_parts
+from crate_ray.config import ConfigError, RunConfig, digest, fingerprint, resume_parts
 from crate_ray.data import load_index
 from crate_ray.runs import RunFolder, find_run, open_run
+from crate_ray.training.first_weights import check_first_weights, pin_weights
 from crate_ray.training.precision import resolve_precision
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
     """The same configuration with local paths that hold in any working directory."""
-    data = config.data
+    data, train = config.data, config.train
     paths = {key: storage.absolute(url) for key in ("train", "eval", "test") if (url := getattr(data, key)) is not None}
+    weights = {} if train.init_from is None else {"init_from": storage.absolute(train.init_from)}
     return config.model_copy(
         update={
             "data": data.model_copy(update=paths),
+            "train": train.model_copy(update=weights),
             "storage": config.storage.model_copy(update={"path": storage.absolute(config.storage.path)}),
         }
     )
@@ -32,6 +35,33 @@ def data_digest(config: RunConfig) -> str:
     return digest(parts)
 
 
+def check_labels(config: RunConfig) -> None:
+    """Refuses to train a classifier on images without a label, or with one that it has no class for.
+
+    Raises:
+        ConfigError: Names the shards, the labels found and the number of classes.
+    """
+    num_classes = config.model.num_classes
+    if config.task != "classify" or num_classes is None:
+        return
+    for key in ("train", "eval", "test"):
+        url = getattr(config.data, key)
+        if url is None:
+            continue
+        labels = load_index(url).labels
+        unlabelled = int((labels < 0).sum())
+        if unlabelled:
+            raise ConfigError(
+                f"data.{key} = '{url}': {unlabelled:,} of {len(labels):,} images have no label, and task = classify needs one "
+                "of each; give labelled shards, or set task to pretrain"
+            )
+        if labels.max() >= num_classes:
+            raise ConfigError(
+                f"data.{key} = '{url}' has the labels {labels.min()} to {labels.max()}, but model.num_classes = {num_classes} "
+                f"takes 0 to {num_classes - 1}; set model.num_classes to {labels.max() + 1}, or give other shards"
+            )
+
+
 def locate_run(config: RunConfig) -> RunFolder:
     """The folder that the run has or would have; reads the data's index and writes nothing.
 
@@ -39,11 +69,16 @@ def locate_run(config: RunConfig) -> RunFolder:
         config: With absolute paths.
 
     Raises:
-        ConfigError: No such data, or a name that another configuration has.
+        ConfigError: No such data or labels that do not fit, a name that another configuration has, or first weights that
+            do not fit the model.
     """
     if config.data.test is not None:
         load_index(config.data.test)  # missed now, not after the training
-    return find_run(config, resume_parts(config, data_digest(config)))
+    check_labels(config)
+    config = pin_weights(config)
+    folder = find_run(config, resume_parts(config, data_digest(config)))
+    check_first_weights(config, folder)
+    return folder
 
 
 def prepare_run(
@@ -66,12 +101,14 @@ def prepare_run(
         uri: The folder, where it is not storage.path/name.
 
     Returns:
-        The configuration with absolute paths, and the folder.
+        The configuration with absolute paths and the digest of its first weights, and the folder.
 
     Raises:
-        ConfigError: No such data, storage that cannot be written, or a name that another configuration has.
+        ConfigError: No such data or labels that do not fit, storage that cannot be written, or a name that another
+            configuration has.
     """
-    config = absolute_paths(config)
+    config = pin_weights(absolute_paths(config))
+    check_labels(config)
     storage.check_writable(config.storage.path)
     precision = resolve_precision(config.train.precision, device_type)
     identity = fingerprint(config, data_digest(config), precision)

@@ -5,7 +5,7 @@ weights, and the loss of the *global* batch. The gradient is the weighted sum ov
 by B, whatever the number of workers and micro-batches: DistributedDataParallel averages over W ranks,
 so each rank's sum is scaled by W / B.
 
-Shapes: B global batch, M rows of this worker, C x H x W image, N patches.
+Shapes: B global batch, M rows of this worker, C x H x W image.
 """
 
 import inspect
@@ -19,8 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import RunConfig
+from crate_ray.config.run import check_pairs
 from crate_ray.data import Batch
-from crate_ray.models import MaskedAutoencoder
+from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.training.objective import create_objective
 from crate_ray.training.precision import autocast, can_compile
 
 # Position tables are the same on every rank and never change. torch 2.15 renamed the argument that says so.
@@ -28,37 +30,6 @@ _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
 _BUFFERS_STAY: dict[str, Any] = {_SYNC_BUFFERS: False}
-
-
-class Normalise(nn.Module):
-    """uint8 pixels to the model's input: (x / 255 - mean) / std, a channel at a time."""
-
-    multiplier: torch.Tensor
-    offset: torch.Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        scale = torch.tensor(std).view(1, -1, 1, 1)
-        self.register_buffer("multiplier", 1 / (255 * scale), persistent=False)
-        self.register_buffer("offset", -torch.tensor(mean).view(1, -1, 1, 1) / scale, persistent=False)
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) uint8 to float32."""
-        return images_BCHW.float() * self.multiplier + self.offset
-
-
-class WeightedLoss(nn.Module):
-    """Pixels, mask noise and row weights to one scalar: what is compiled and replicated."""
-
-    def __init__(self, model: MaskedAutoencoder, normalise: Normalise) -> None:
-        super().__init__()
-        self.model = model
-        self.normalise = normalise
-
-    def forward(self, images_MCHW: torch.Tensor, noise_MN: torch.Tensor, weights_M: torch.Tensor) -> torch.Tensor:
-        """Sum over rows of weight times loss."""
-        losses_M = self.model.losses(self.normalise(images_MCHW), noise_MN)
-        return (losses_M.float() * weights_M).sum()
 
 
 @dataclass(frozen=True)
@@ -77,14 +48,25 @@ class TrainStep:
     Args:
         model: On its device already, weights set.
         optimizer: Of this model's parameters.
-        config: Batch sizes, precision, clipping, compilation.
+        config: Task, batch sizes, clipping, compilation.
         precision: The resolved precision.
         world_size: Workers; more than one needs an initialised process group.
+
+    Raises:
+        ConfigError: Images are mixed in pairs, and these workers would tear pairs apart.
     """
 
     def __init__(
-        self, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, config: RunConfig, *, precision: str, world_size: int
+        self,
+        model: MaskedAutoencoder | Classifier,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        *,
+        precision: str,
+        world_size: int,
     ) -> None:
+        if config.data.is_mixing:
+            check_pairs(config, world_size)
         self.device = next(model.parameters()).device
         self._optimizer = optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -93,20 +75,22 @@ class TrainStep:
         self._scale = world_size / config.train.global_batch
         self._micro_batch = config.train.micro_batch
         self._clip_norm = config.train.clip_norm
-        loss = WeightedLoss(model, Normalise(config.data.mean, config.data.std)).to(self.device)
+        self._objective = create_objective(model, config)
         if config.train.compile and can_compile(self.device):
-            loss.compile()
-        self._module: nn.Module = loss
+            self._objective.compile()
+        self._module: nn.Module = self._objective
         if world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            self._module = DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY)
+            self._module = DistributedDataParallel(
+                self._objective, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY
+            )
 
     def __call__(self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False) -> "PendingOutcome":
         """Runs one update.
 
         Args:
             batch: This worker's rows.
-            lr: Learning rate of this update.
+            lr: Learning rate of this update; a parameter group's `lr_scale` multiplies it.
             stop: This rank's vote to stop; votes travel with the loss, in the same all-reduce.
             save: This rank's vote to write a checkpoint.
 
@@ -116,7 +100,7 @@ class TrainStep:
         loss = self._backward(batch)
         grad_norm = self._clip()
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         votes = torch.tensor([float(stop), float(save)]).to(self.device, non_blocking=True)
@@ -126,17 +110,18 @@ class TrainStep:
         return PendingOutcome(shared, grad_norm)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
-        assert batch.noise_BN is not None
+        targets_M = self._objective.targets(batch)
         rows = batch.images_BCHW.shape[0]
         size = min(self._micro_batch or rows, rows)
         total = torch.zeros((), device=self.device)
         for start in range(0, rows, size):
             part = slice(start, start + size)
-            tensors = (batch.images_BCHW, batch.noise_BN, batch.weights_B)
-            images, noise, weights = (self._to_device(tensor[part]) for tensor in tensors)
+            tensors = (batch.images_BCHW, targets_M, batch.weights_B)
+            images, targets, weights = (self._to_device(tensor[part]) for tensor in tensors)
+            images, targets = self._objective.augment(images, targets, cursor=batch.cursor_after)
             is_last = start + size >= rows
             with self._accumulating(is_last), autocast(self._precision, self.device):
-                loss = self._module(images, noise, weights) * self._scale
+                loss = self._module(images, targets, weights) * self._scale
             with self._accumulating(is_last):
                 loss.backward()
             total += loss.detach()

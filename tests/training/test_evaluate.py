@@ -31,7 +31,7 @@ def test_the_loss_is_the_published_one_over_the_validation_images(load_tiny: Loa
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.data.mean, config.data.std))
     with torch.no_grad():
         expected = float(model((batch.images_BCHW / 255 - mean) / std, batch.noise_BN).loss)
-    assert evaluator(config).loss(model) == pytest.approx(expected, rel=1e-5)  # float32, another order of sums
+    assert evaluator(config).metrics(model)["eval/loss"] == pytest.approx(expected, rel=1e-5)  # float32, another order of sums
 
 
 def test_loader_threads_do_not_change_a_number(load_tiny: LoadTiny) -> None:
@@ -40,14 +40,15 @@ def test_loader_threads_do_not_change_a_number(load_tiny: LoadTiny) -> None:
         config = load_tiny(f"data.num_loaders={num_loaders}")
         model = build(config)
         judge = evaluator(config)
-        results.append((judge.loss(model), judge.knn(model)))
+        results.append((judge.metrics(model), judge.knn(model)))
     assert results[0] == results[1] == results[2]
 
 
 def test_masks_are_the_same_for_every_seed_and_every_time(load_tiny: LoadTiny) -> None:
     config = load_tiny()
     model = build(config)
-    assert evaluator(config).loss(model) == evaluator(load_tiny("train.seed=7")).loss(model) == evaluator(config).loss(model)
+    first, other_seed, again = (evaluator(c).metrics(model) for c in (config, load_tiny("train.seed=7"), config))
+    assert first == other_seed == again
 
 
 def test_a_limit_takes_that_many_images_spread_over_all(load_tiny: LoadTiny) -> None:
@@ -57,14 +58,14 @@ def test_a_limit_takes_that_many_images_spread_over_all(load_tiny: LoadTiny) -> 
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.data.mean, config.data.std))
     with torch.no_grad():
         losses = [float(model((b.images_BCHW / 255 - mean) / std, b.noise_BN).loss) for b in first_and_last]
-    assert evaluator(config).loss(model) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert evaluator(config).metrics(model)["eval/loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_the_model_is_given_back_ready_to_train(load_tiny: LoadTiny) -> None:
     config = load_tiny()
     model = build(config).train()
     judge = evaluator(config)
-    judge.loss(model)
+    judge.metrics(model)
     judge.knn(model)
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -8,7 +8,8 @@ import torch
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch
 from crate_ray.models import MaskedAutoencoder, create_model
-from crate_ray.training.step import Normalise, TrainStep
+from crate_ray.training.objective import Normalise
+from crate_ray.training.step import TrainStep
 
 ROWS, PADDED = 6, 8
 LoadTiny = Callable[..., RunConfig]
