@@ -5,18 +5,15 @@ that the reader calls, so what it prints is what a run reads.
 """
 
 import shlex
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crate_ray import storage
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.output import console, print_json, print_table
+from crate_ray.cli.progress import count_images
 from crate_ray.config import DataConfig
 
 if TYPE_CHECKING:
@@ -26,7 +23,6 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, inde
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of one split: *.tar shards with their index.")]
 
-_LINE_EVERY_S = 10.0
 _SHOWN_ROWS = 64
 _SHOWN_KEYS = 3
 _RECIPES = {"imagenet": "imagenet_crate_mae_base"}
@@ -47,7 +43,7 @@ def build(
     """Write a source as shards and index. The same command again continues, or returns at once."""
     from crate_ray.data import build_source, load_index
 
-    with _progress() as progress:
+    with count_images() as progress:
         summary = build_source(
             source, out, seed=seed, image_size=image_size, num_classes=num_classes, workers=workers, progress=progress
         )
@@ -128,26 +124,6 @@ def plan(
         print_json({"url": url, "digest": found.digest, "world_size": world_size, "global_batch": global_batch, **body})
     else:
         _print_plan(body)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """What is called with (done, total): a bar on a terminal's standard error, a line every ten seconds elsewhere."""
-    last_line = time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal last_line
-        if time.monotonic() - last_line > _LINE_EVERY_S:
-            last_line = time.monotonic()
-            errors.print(f"{done:,}/{total:,} images", soft_wrap=True)
-
-    if not errors.is_terminal:
-        yield line
-        return
-    columns = (TextColumn("images"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _describe(index: "ShardIndex") -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""The progress of a run, read from its records: a bar in a terminal, plain lines elsewhere.
+"""Progress, of a run or of images counted: a bar in a terminal, plain lines elsewhere.
 
-The driver learns of progress in one way only, by following the run folder, so what is shown is what
+The driver learns of a run's progress in one way only, by following the run folder, so what is shown is what
 is recorded.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from crate_ray.cli.output import errors
@@ -18,6 +20,26 @@ LINE_EVERY_S = 10.0
 WIDE = 116  # columns from which evaluation is shown too
 _ALWAYS = {"train/loss": "loss {:.4f}", "perf/images_per_s": "{:.0f} images/s", "perf/data_wait_fraction": "wait {:.0%}"}
 _WHERE_WIDE = {"eval/loss": "eval {:.4f}", "eval/knn_top1": "kNN {:.1%}"}
+
+
+@contextmanager
+def count_images() -> Iterator[Callable[[int, int], None]]:
+    """Gives what is called with (done, total): a bar on a terminal's standard error, a line every ten seconds elsewhere."""
+    last_line = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > LINE_EVERY_S:
+            last_line = time.monotonic()
+            errors.print(f"{done:,}/{total:,} images", soft_wrap=True)
+
+    if not errors.is_terminal:
+        yield line
+        return
+    columns = (TextColumn("images"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class RunProgress:
