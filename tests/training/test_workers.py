@@ -87,7 +87,9 @@ def weights(folder: RunFolder) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_workers_that_share_a_batch_train_the_run_of_one_worker(world_size: int, load_tiny: LoadTiny, tmp_path: Path) -> None:
-    config = load_tiny(f"train.global_batch={GLOBAL_BATCH}", "train.steps=10", "eval.every_steps=5")
+    config = load_tiny(
+        f"train.global_batch={GLOBAL_BATCH}", "train.steps=10", "eval.every_steps=5", "eval.whitebox_every_steps=4"
+    )
     alone = RunFolder(str(tmp_path / "alone"))
     run_training(config, alone, LocalContext())
     run_processes(world_size, config, tmp_path / "shared")
@@ -97,6 +99,7 @@ def test_workers_that_share_a_batch_train_the_run_of_one_worker(world_size: int,
     assert losses(shared, "train/grad_norm") == pytest.approx(losses(alone, "train/grad_norm"), rel=1e-4)
     assert losses(shared, "eval/loss") == pytest.approx(losses(alone, "eval/loss"), rel=1e-5)
     assert len(losses(shared, "train/loss")) == 10
+    assert len(losses(shared, "whitebox/layer01/coding_rate_pre_nats")) == 4, "rank 0 measures; the others do not wait forever"
     torch.testing.assert_close(weights(shared), weights(alone), rtol=1e-3, atol=1e-4)
 
     results = [json.loads((tmp_path / "shared" / f"result-{rank}.json").read_text()) for rank in range(world_size)]
