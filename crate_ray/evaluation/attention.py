@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crate_ray.models import Classifier, MaskedAutoencoder
 from crate_ray.models.blocks import CrateEncoderLayer, SelfAttention, SubspaceAttention, TransformerLayer
@@ -52,7 +52,7 @@ def view_layers(model: MaskedAutoencoder | Classifier, images_BCHW: Tensor) -> I
         images_BCHW: Normalised images, on any device; they go to the model's in parts of `BATCH`.
     """
     device = next(model.parameters()).device
-    parts = [model.embed(part.to(device)) for part in images_BCHW.split(BATCH)]
+    parts = [model.embed(part.to(device)) for part in torch.split(images_BCHW, BATCH)]
     for number, block in enumerate(model.blocks, start=1):
         seen = [_look(block, part) for part in parts]
         attention, keys = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
@@ -60,8 +60,9 @@ def view_layers(model: MaskedAutoencoder | Classifier, images_BCHW: Tensor) -> I
         parts = [block(part) for part in parts]
 
 
-def _look(block: CrateEncoderLayer | TransformerLayer, z_BND: Tensor) -> tuple[Tensor, Tensor]:
+def _look(block: nn.Module, z_BND: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of the class token over patches, and the patches' keys, on the CPU."""
+    assert isinstance(block, CrateEncoderLayer | TransformerLayer)
     queries_BHNP, keys_BHNP = _queries_and_keys(block.attn, block.norm1(z_BND))
     scale = queries_BHNP.shape[-1] ** -0.5
     logits_BHN = (queries_BHNP[:, :, :1] @ keys_BHNP.transpose(-2, -1)).squeeze(2) * scale

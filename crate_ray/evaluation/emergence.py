@@ -114,21 +114,22 @@ def keep_largest(weights: Tensor, counts: Tensor) -> Tensor:
 
 
 def foreground(features_BND: Tensor) -> Tensor:
-    """Splits patches in two by the first principal component of all images' patches together: (B, N) bool.
+    """Splits the patches of each image in two by one principal component of all images' patches together: (B, N) bool.
 
-    The cut is at the mean over all patches. A component has no sign, and between images of unlike objects not even one
-    that holds for all: in each image the side with the smaller share of the border's patches is the foreground (a tie goes
-    to the positive side). No mask is looked at.
+    Each image's mean is taken off first, so that the component is what varies within images, and the cut is at that mean.
+    A component has no sign, and between images of unlike objects not even one that holds for all: in each image the side
+    with fewer of the border's patches is the foreground (a tie goes to the positive side). No mask is looked at.
 
-    Differs from the published pictures, which cut the component at 0.5, fill holes, and leave the sign to the reader: here
-    nothing is set by hand.
+    Differs from the published pictures, made of a few images of one kind: they take off one mean over all patches, cut at
+    a threshold set by hand, fill holes, and leave the sign to the reader. With unlike backgrounds the common mean leaves
+    whole images on one side.
     """
-    flat_MD = features_BND.flatten(0, 1)
-    mean_D, components_DK = principal_components(flat_MD, 1)
-    positive_BN = ((features_BND.double() - mean_D) @ components_DK).squeeze(-1) > 0
+    centred_BND = features_BND.double() - features_BND.double().mean(dim=1, keepdim=True)
+    _, components_DK = principal_components(centred_BND.flatten(0, 1), 1)
+    positive_BN = (centred_BND @ components_DK).squeeze(-1) > 0
     border_N = _border(features_BND.shape[1])
     num_border = int(border_N.sum())
-    flipped_B = positive_BN[:, border_N].sum(dim=1) * 2 > num_border
+    flipped_B: Tensor = positive_BN[:, border_N].sum(dim=1) * 2 > num_border
     return positive_BN ^ flipped_B[:, None]
 
 
@@ -177,5 +178,5 @@ def _border(num_patches: int) -> Tensor:
 
 def _distance_to_centre(num_patches: int) -> Tensor:
     side = round(num_patches**0.5)
-    ramp = torch.arange(side) - (side - 1) / 2
-    return (ramp[:, None].square() + ramp.square()).flatten()
+    squared: Tensor = (torch.arange(side) - (side - 1) / 2).square()
+    return (squared[:, None] + squared).flatten()

@@ -8,7 +8,7 @@ dashed line, as in the comparison's figures; colours are Okabe and Ito's, apart 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+BLUE, VERMILION = "#0072B2", "#D55E00"
 
 _DPI = 100
-_LEFT_PX, _TOP_PX, _NOTE_LINE_PX, _SIDE_PX = 104, 64, 18, 8
-_MIN_WIDTH_PX = 640
+_LEFT_PX, _TITLE_PX, _LINE_PX, _SIDE_PX = 96, 34, 18, 8
+_TITLE_CHARACTER_PX, _NOTE_CHARACTER_PX = 9.5, 6.5  # on average, so that no text is cut
 _PANEL_INCHES = (4.6, 3.5)
 _PANELS_A_ROW = 3
+_LEVEL_STYLES = (("#222222", ":"), ("#777777", "-."), ("#aaaaaa", "-"))
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ def label_grid(
     grid = tile_grid(tiles, tile_side=tile_side)
     height, width = grid.shape[:2]
     tile = tile_side or default_tile(tiles[0].shape[-1])
-    canvas_width = max(_LEFT_PX + width + _SIDE_PX, _MIN_WIDTH_PX)
-    canvas_height = _TOP_PX + height + _NOTE_LINE_PX * len(note) + _SIDE_PX
+    longest = max([_TITLE_CHARACTER_PX * len(title), *(_NOTE_CHARACTER_PX * len(line) for line in note)])
+    canvas_width = _SIDE_PX + max(_LEFT_PX + width, _SIDE_PX + round(longest))
+    top = _TITLE_PX + _LINE_PX * max(1 + name.count("\n") for name in columns)
+    canvas_height = top + height + _LINE_PX * len(note) + _SIDE_PX
     figure = _new_figure(canvas_width / _DPI, canvas_height / _DPI)
-    bottom = canvas_height - _TOP_PX - height
+    bottom = canvas_height - top - height
     axes = figure.add_axes((_LEFT_PX / canvas_width, bottom / canvas_height, width / canvas_width, height / canvas_height))
     axes.imshow(grid, interpolation="none", aspect="auto")
     axes.set_axis_off()
@@ -83,7 +86,7 @@ def label_grid(
         axes.text(-6, middle + index * (tile + GAP), name, ha="right", va="center", fontsize=8.5)
     figure.text(_SIDE_PX / canvas_width, 1 - 6 / canvas_height, title, ha="left", va="top", fontsize=11, fontweight="bold")
     for index, line in enumerate(note):
-        y = (bottom - 2 - index * _NOTE_LINE_PX) / canvas_height
+        y = (bottom - 2 - index * _LINE_PX) / canvas_height
         figure.text(_SIDE_PX / canvas_width, y, line, ha="left", va="top", fontsize=8.5, color="#333333")
     return _png(figure)
 
@@ -129,7 +132,7 @@ def colour_maps(weights_BN: Tensor, side: int) -> Tensor:
 def enlarge_patches(colours_BN3: Tensor, side: int) -> Tensor:
     """One colour in [0, 1] a patch as uint8 images (B, 3, side, side); side is a multiple of the grid's."""
     grid = round(colours_BN3.shape[1] ** 0.5)
-    small = (colours_BN3 * 255).round().to(torch.uint8).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    small = (colours_BN3 * 255).round().to(torch.uint8).reshape(-1, grid, grid, 3).permute(0, 3, 1, 2)
     return small.repeat_interleave(side // grid, dim=2).repeat_interleave(side // grid, dim=3)
 
 
@@ -140,14 +143,14 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         bands = [value for _, value in defined if isinstance(value, Interval)]
         middle = [value.value if isinstance(value, Interval) else value for _, value in defined]
         face, style = (curve.colour, "-") if curve.is_trained else ("white", "--")
-        name = f"{curve.label}{'' if curve.is_trained else ', untrained'}".lstrip(", ")
+        name = ", ".join(filter(None, [curve.label, "trained" if curve.is_trained else "untrained"]))
         axes.plot(layers, middle, style, marker="o", markersize=5, color=curve.colour, markerfacecolor=face, label=name)
         if bands:
             low, high = [value.low for value in bands], [value.high for value in bands]
             axes.fill_between(layers, low, high, color=curve.colour, alpha=0.15, linewidth=0)
     for index, (name, level) in enumerate(panel.levels.items()):
-        style = (":", "-.", (0, (1, 3)), (0, (6, 2)))[index % 4]
-        axes.axhline(level, color=GREY, linestyle=style, linewidth=1.3, label=name, zorder=1)
+        colour, style = _LEVEL_STYLES[index % len(_LEVEL_STYLES)]
+        axes.axhline(level, color=colour, linestyle=style, linewidth=1.5, label=name, zorder=1)
     axes.set_title(panel.title, fontsize=10.5)
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("encoder layer")
@@ -155,10 +158,11 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1)  # from 0: a small difference looks small
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def _new_figure(width: float, height: float, **options: str) -> "Figure":
+def _new_figure(width: float, height: float, **options: Any) -> "Figure":
     _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
