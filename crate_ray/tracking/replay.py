@@ -4,9 +4,11 @@ In: a RunFolder. Out: an MLflow run with its points, status and small files. Del
 once: a point is (key, step, time of measurement, value), which the server stores once however often
 it comes, so a lost or wrong progress marker costs time and never correctness. MLflow cannot take a
 point back: steps that a resumed attempt repeats are sent once, from the attempt that came first,
-where the run folder lets the last attempt win. A second point there would draw a saw-tooth.
+where the run folder lets the last attempt win. A second point there would draw a saw-tooth. A small file is
+uploaded once for each content: pictures made after the run's end go with the next replay, and only they.
 """
 
+import hashlib
 import logging
 import tempfile
 from collections import deque
@@ -31,6 +33,7 @@ MARKER = "tracking.json"
 MAX_ARTIFACT_BYTES = 8 * 2**20
 MAX_PICTURES = 16
 _FINAL = "final/"
+_PICTURE_TYPES = (".png", ".jpg", ".svg", ".json")  # .json: numbers behind a figure
 
 
 @dataclass
@@ -68,7 +71,8 @@ class RunReplay:
         self._described: Description | None = None
         self._mirrored: tuple[str, int] | None = None  # (state, attempt) that MLflow shows
         self._has_parent = False
-        self._artifacts_done = False
+        self._stored: dict[str, str] = {}  # file: digest of the content that MLflow has
+        self._files_sent_at: tuple[str, int] | None = None  # (state, attempt) at which this replay sent the files
         self._marker: dict[str, Any] = {}
 
     @property
@@ -143,7 +147,8 @@ class RunReplay:
         marker = self.folder.read_json(MARKER) or {}
         if marker.get("run_id") != run_id or marker.get("uri") != public_uri(session.uri):
             return
-        self._artifacts_done = marker.get("artifacts") is True
+        stored = marker.get("artifacts")
+        self._stored = dict(stored) if isinstance(stored, dict) else {}
         count = marker.get("records", 0)
         if self._passed == 0 and 0 < count <= len(self._queue) and marker.get("last") == _stamp(self._queue[count - 1]):
             self._advance(count)
@@ -202,7 +207,8 @@ class RunReplay:
             self._send_finals(session, status)
             if state != status.state or attempt != status.attempt:
                 self._terminate(session, status)
-            self._send_artifacts(session)
+            if self._files_sent_at != (status.state, status.attempt):
+                self._send_artifacts(session, status)
         self._mirrored = (status.state, status.attempt)
 
     def _terminate(self, session: Session, status: Status) -> None:
@@ -228,14 +234,16 @@ class RunReplay:
             session.client.log_batch(self._run_id, metrics=metrics, synchronous=True)
             self._last_step.update(dict.fromkeys(values, step))
 
-    def _send_artifacts(self, session: Session) -> None:
-        """Uploads the small files once. A store without room for files is no reason to hold up numbers."""
-        if self._artifacts_done:
-            return
+    def _send_artifacts(self, session: Session, status: Status) -> None:
+        """Uploads each small file once for each content. A store without room for files is no reason to hold up numbers."""
         try:
             for name, target in _artifacts(self.folder):
-                _upload(session.client, self._run_id, self.folder.path(name), target)
-            self._artifacts_done = True
+                content = storage.read_bytes(self.folder.path(name))
+                found = hashlib.sha256(content).hexdigest()
+                if self._stored.get(name) != found:
+                    _upload(session.client, self._run_id, name, content, target)
+                    self._stored[name] = found
+            self._files_sent_at = (status.state, status.attempt)
         except Exception as error:  # noqa: BLE001 - every artifact store raises its own kind
             logger.warning("files of run %s were not stored in MLflow: %s", self.folder.name, one_line(error))
 
@@ -245,7 +253,7 @@ class RunReplay:
             "run_id": self._run_id,
             "records": self._passed,
             "last": _stamp(self._last) if self._last else None,
-            "artifacts": self._artifacts_done,
+            "artifacts": dict(self._stored),
         }
         if marker != self._marker:
             self.folder.write_json(MARKER, marker)
@@ -277,7 +285,7 @@ def _stamp(record: Record) -> dict[str, Any]:
 def _artifacts(folder: RunFolder) -> list[tuple[str, str | None]]:
     """(file in the folder, folder among the artifacts) of what a run leaves to look at."""
     files: list[tuple[str, str | None]] = [("config.yaml", None), ("fingerprint.json", None), ("final.json", None)]
-    pictures = [name for name in storage.list_dir(folder.path("pictures")) if name.endswith((".png", ".jpg", ".svg"))]
+    pictures = [name for name in storage.list_dir(folder.path("pictures")) if name.endswith(_PICTURE_TYPES)]
     files += [(f"pictures/{name}", "pictures") for name in pictures[-MAX_PICTURES:]]
     return [(name, target) for name, target in files if _is_small(folder.path(name))]
 
@@ -289,11 +297,9 @@ def _is_small(uri: str) -> bool:
         return False
 
 
-def _upload(client: "MlflowClient", run_id: str, uri: str, target: str | None) -> None:
-    if storage.is_local(uri):
-        client.log_artifact(run_id, str(storage.local_path(uri)), target)
-        return
+def _upload(client: "MlflowClient", run_id: str, name: str, content: bytes, target: str | None) -> None:
+    """Stores exactly the bytes that were digested, from a file of that name: MLflow takes no bytes."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / uri.rpartition("/")[2]
-        path.write_bytes(storage.read_bytes(uri))
+        path = Path(scratch) / name.rpartition("/")[2]
+        path.write_bytes(content)
         client.log_artifact(run_id, str(path), target)
