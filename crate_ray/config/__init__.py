@@ -2,7 +2,7 @@
 
 from crate_ray.config.base import SCHEMA_VERSION, ConfigError, Frozen, nearest
 from crate_ray.config.identity import compare_parts, digest, fingerprint, flatten, resume_parts, run_name
-from crate_ray.config.load import apply_override, dump_yaml, load_run, read_yaml, recipe_names
+from crate_ray.config.load import apply_override, dump_yaml, load_model, load_run, read_yaml, recipe_names
 from crate_ray.config.model import PRESETS, ModelConfig, preset_values
 from crate_ray.config.run import (
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "dump_yaml",
     "fingerprint",
     "flatten",
+    "load_model",
     "load_run",
     "nearest",
     "preset_values",

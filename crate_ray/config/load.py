@@ -13,7 +13,10 @@ from typing import Any
 import yaml
 
 from crate_ray.config.base import ConfigError, nearest
+from crate_ray.config.model import PRESETS, ModelConfig
 from crate_ray.config.run import RunConfig
+
+_YAML = (".yaml", ".yml")
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,6 +61,31 @@ def load_run(recipe_or_path: str, overrides: Iterable[str] = ()) -> RunConfig:
     return RunConfig.parse(values, where=f"recipe {recipe_or_path}")
 
 
+def load_model(name: str, overrides: Iterable[str] = ()) -> ModelConfig:
+    """A preset, or the model of a recipe, changed by overrides such as `model.width=512`.
+
+    Raises:
+        ConfigError: Neither a preset nor a recipe, a key that is not the model's, or values that do not fit together.
+    """
+    overrides = list(overrides)
+    for item in overrides:
+        if not item.startswith("model."):
+            raise ConfigError(
+                f"--set {item}: only keys of the model count here; write model.KEY=VALUE, such as model.width=512"
+            )
+    if name in PRESETS:
+        values: dict[str, Any] = {"model": {"preset": name}}
+        for item in overrides:
+            apply_override(values, item)
+        return ModelConfig.parse(values["model"], where=f"model {name}")
+    if name in recipe_names() or Path(name).suffix in _YAML:
+        return load_run(name, overrides).model
+    raise ConfigError(
+        f"model '{name}' is unknown{nearest(name, [*PRESETS, *recipe_names()])}; valid presets: {', '.join(sorted(PRESETS))}; "
+        f"valid recipes: {', '.join(recipe_names())}, or the path of a .yaml file"
+    )
+
+
 def dump_yaml(config: RunConfig) -> str:
     """The resolved configuration, readable by `load_run`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -68,7 +96,7 @@ def _find(recipe_or_path: str) -> tuple[str, str]:
     if recipe_or_path in names:
         return resources.files("crate_ray.recipes").joinpath(f"{recipe_or_path}.yaml").read_text(), recipe_or_path
     path = Path(recipe_or_path)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.suffix in _YAML and path.is_file():
         return path.read_text(), path.stem
     raise ConfigError(
         f"recipe '{recipe_or_path}' is unknown{nearest(recipe_or_path, names)}; "
