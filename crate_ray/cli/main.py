@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from crate_ray import __version__
-from crate_ray.cli import data, doctor, models, probe, quickstart, runs, tracking, train
+from crate_ray.cli import data, doctor, export, models, probe, quickstart, runs, tracking, train, weights
 from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
 from crate_ray.runs import LeaseLostError
@@ -26,6 +26,8 @@ app.command("train", short_help="Pretrain one model; again resumes.")(train.trai
 app.command("runs", short_help="List runs and their states.")(runs.runs)
 app.command("probe", short_help="Judge the features of finished runs.")(probe.probe)
 app.command("models", short_help="Presets: parameters and GFLOPs.")(models.models)
+app.command("weights", short_help="Read, identify or convert a weights file.")(weights.weights)
+app.command("export", short_help="Weights for other programs.")(export.export)
 app.add_typer(tracking.app, name="tracking", short_help="MLflow: open, catch up, close dead runs.")
 
 _TORCH_PAIR = (

@@ -94,7 +94,7 @@ def to_published(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
     weight = renamed.get("patch_embed.proj.weight")
     if weight is not None:
         side = math.isqrt(weight.shape[1] // 3)
-        renamed["patch_embed.proj.weight"] = weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+        renamed["patch_embed.proj.weight"] = weight.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
     return {key: value.contiguous() for key, value in renamed.items()}
 
 

@@ -12,6 +12,7 @@ from crate_ray.config import PRESETS, ConfigError, ModelConfig
 from crate_ray.models.weight_files import WeightsFile
 
 _ISTA = ("ista_lambda", "ista_step_size")
+"""Fixed in the published code, differently at different times."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def unsaid_keys(file: WeightsFile) -> tuple[str, ...]:
     """The keys that change what the weights compute and that the file does not give."""
     if file.config is not None:
         return ()
-    heads = ("num_heads", "decoder_num_heads") if file.architecture.has_decoder else ("num_heads",)
-    is_crate_autoencoder = file.architecture.family == "crate" and file.layout != "crate-classifier"
-    return heads + (_ISTA if is_crate_autoencoder else ())
+    found = file.architecture
+    if found.family == "crate":  # encoder and decoder have as many heads; the published classifier has one lambda
+        return ("num_heads",) if file.layout == "crate-classifier" else ("num_heads", *_ISTA)
+    return ("num_heads", "decoder_num_heads") if found.has_decoder else ("num_heads",)
 
 
 def fitting_presets(file: WeightsFile) -> list[PresetFit]:

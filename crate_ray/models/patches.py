@@ -107,6 +107,6 @@ def interpolate_positions(table_1ND: Tensor, num_patches: int) -> Tensor:
         if side**2 != patches or not patches:
             raise ConfigError(f"a position table of {patches} patches is no square grid and cannot be interpolated")
     cls_11D, patches_1ND = table_1ND[:, :1].float(), table_1ND[:, 1:].float()
-    grid_1DHW = patches_1ND.transpose(1, 2).unflatten(2, (old, old))
+    grid_1DHW = patches_1ND.transpose(1, 2).reshape(1, -1, old, old)
     resized_1DHW = functional.interpolate(grid_1DHW, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([cls_11D, resized_1DHW.flatten(2).transpose(1, 2)], dim=1)

@@ -65,17 +65,10 @@ def read_weights(path_or_state_dict: str | Mapping[str, Any]) -> WeightsFile:
     return WeightsFile(where, layout, to_ours(state, layout), _stored_config(metadata, where))
 
 
-def write_safetensors(uri: str, state: Mapping[str, Tensor], config: ModelConfig) -> int:
-    """Writes tensors with the model's configuration in the metadata, atomically.
-
-    Returns:
-        The size of the file in bytes.
-    """
-    data = safetensors.torch.save(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata=config_metadata(config)
-    )
-    storage.write_atomic(uri, data)
-    return len(data)
+def encode_safetensors(state: Mapping[str, Tensor], config: ModelConfig) -> bytes:
+    """A safetensors file with the model's configuration in its metadata."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return safetensors.torch.save(tensors, metadata=config_metadata(config))
 
 
 def config_metadata(config: ModelConfig) -> dict[str, str]:
