@@ -1,4 +1,4 @@
-"""Judging a run: its encoder, the same seed's untrained encoder, and raw pixels, by one protocol.
+"""Judging a run: its encoder, the same seed's untrained encoder, and raw pixels, by one protocol; a classifier by its top-1.
 
 In: a run folder with a checkpoint. Out: `final/` values in the folder and a report beside them. The
 protocol is evaluation's; this file brings shards, checkpoints and models to it. Configurations are
@@ -15,16 +15,21 @@ from numpy.typing import NDArray
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import load_index
 from crate_ray.evaluation.features import Features, raw_pixels
-from crate_ray.evaluation.intervals import Interval, paired_gain
+from crate_ray.evaluation.intervals import Interval, accuracy_interval, paired_gain
 from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
 from crate_ray.models import MaskedAutoencoder, create_model
 from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
-from crate_ray.training.evaluate import encode_images, read_images
+from crate_ray.training.evaluate import encode_images, measure_images, read_images
 from crate_ray.training.loop import write_final
+from crate_ray.training.objective import create_objective
 from crate_ray.training.precision import choose_device, resolve_precision
 
 Split = Literal["validation", "test"]
+
+CLASSIFY_PROTOCOL = 1
+"""Of a classifier's top-1 on whole images, resized and cut centrally; changes whenever a number would."""
+_PROTOCOLS = {"pretrain": PROBE_PROTOCOL, "classify": CLASSIFY_PROTOCOL}
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,17 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, An
     """
     config = folder.read_config()
     checkpoint = finished_checkpoint(folder)
+    protocol = _PROTOCOLS[config.task]
     held = folder.read_json(f"probe_{split}.json")
-    if held is not None and (held["step"], held["protocol"]) == (checkpoint.step, PROBE_PROTOCOL):
+    if held is not None and (held["step"], held["protocol"]) == (checkpoint.step, protocol):
         return held
-    return _record(folder, checkpoint.step, judge_encoder(config, checkpoint, split=split))
+    if config.task == "classify":
+        top1 = judge_classifier(config, checkpoint, split=split)
+        body = {"values": {"final/top1": top1.value}, "top1": _triple(top1)}
+    else:
+        verdict = judge_encoder(config, checkpoint, split=split)
+        body = {"values": final_values(verdict), **_intervals(verdict)}
+    return _record(folder, {"split": split, "task": config.task, "protocol": protocol, "step": checkpoint.step, **body})
 
 
 def finished_checkpoint(folder: RunFolder) -> Checkpoint:
@@ -77,6 +89,18 @@ def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) ->
     sources = load_index(_url(config, split)).sources
     gain = paired_gain(trained.mean_token.correct_Q, control.mean_token.correct_Q, sources)
     return Verdict(split, trained, control, gain)
+
+
+def judge_classifier(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Interval:
+    """Top-1 of a checkpoint's classifier on a split."""
+    device = choose_device("auto" if config.scale.use_gpu else False, 0)
+    model = create_model(config.model).to(device)
+    model.load_state_dict(checkpoint.read(MODEL_FILE))
+    objective = create_objective(model, config)
+    precision = resolve_precision(config.train.precision, device.type)
+    url = _url(config, split)
+    rows_NM = torch.cat(list(measure_images(objective, config, url, precision=precision)))
+    return accuracy_interval(rows_NM[:, objective.measures.index("top1")].numpy(), load_index(url).sources)
 
 
 def untrained(config: RunConfig) -> MaskedAutoencoder:
@@ -144,17 +168,16 @@ def final_values(verdict: Verdict) -> dict[str, float]:
     return values
 
 
-def _record(folder: RunFolder, step: int, verdict: Verdict) -> dict[str, Any]:
-    if verdict.split == "test" or folder.read_json("probe_test.json") is None:
+def _record(folder: RunFolder, body: dict[str, Any]) -> dict[str, Any]:
+    split = body["split"]
+    if split == "test" or folder.read_json("probe_test.json") is None:
         status = read_status(folder)
         writer = RecordWriter(folder, status.attempt if status else 1)
         try:
-            write_final(folder, writer, step, final_values(verdict))
+            write_final(folder, writer, body["step"], body["values"])
         finally:
             writer.close()
-    head = {"split": verdict.split, "protocol": PROBE_PROTOCOL, "step": step}
-    body = {**head, "values": final_values(verdict), **_intervals(verdict)}
-    folder.write_json(f"probe_{verdict.split}.json", body)
+    folder.write_json(f"probe_{split}.json", body)
     return body
 
 
@@ -164,19 +187,20 @@ def _few(result: FewLabelResult | None) -> dict[str, Any] | None:
     return {"top1": [result.top1.value, result.top1.low, result.top1.high], "std_over_draws": result.std}
 
 
-def _intervals(verdict: Verdict) -> dict[str, Any]:
-    def triple(interval: Interval) -> list[float]:
-        return [interval.value, interval.low, interval.high]
+def _triple(interval: Interval) -> list[float]:
+    return [interval.value, interval.low, interval.high]
 
+
+def _intervals(verdict: Verdict) -> dict[str, Any]:
     return {
-        "probe_top1": triple(verdict.trained.mean_token.top1),
-        "cls_top1": triple(verdict.trained.cls_token.top1),
-        "control_top1": triple(verdict.control.mean_token.top1),
-        "control_cls_top1": triple(verdict.control.cls_token.top1),
-        "gain": triple(verdict.gain),
+        "probe_top1": _triple(verdict.trained.mean_token.top1),
+        "cls_top1": _triple(verdict.trained.cls_token.top1),
+        "control_top1": _triple(verdict.control.mean_token.top1),
+        "control_cls_top1": _triple(verdict.control.cls_token.top1),
+        "gain": _triple(verdict.gain),
         "chosen_c": verdict.trained.mean_token.chosen_c,
-        "knn_top1": triple(verdict.trained.knn),
-        "control_knn_top1": triple(verdict.control.knn),
+        "knn_top1": _triple(verdict.trained.knn),
+        "control_knn_top1": _triple(verdict.control.knn),
         "few_labels": {str(n): _few(result) for n, result in verdict.trained.few_labels.items()},
         "control_few_labels": {str(n): _few(result) for n, result in verdict.control.few_labels.items()},
     }
