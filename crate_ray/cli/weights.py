@@ -13,7 +13,7 @@ import typer
 from crate_ray import storage
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
-from crate_ray.cli.progress import count_images
+from crate_ray.cli.progress import count_progress
 from crate_ray.config import SCHEMA_VERSION, ConfigError, DataConfig, ModelConfig, apply_override
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _identify(
     from crate_ray.training.identify import SENTENCE
     from crate_ray.training.identify import identify as score
 
-    with count_images() as progress:
+    with count_progress("images") as progress:
         found = score(file, config, url, num_images=num_images, **pixels, progress=progress)
     body = {
         "file": file,
