@@ -198,6 +198,48 @@ def test_a_model_comes_from_a_preset_with_changed_keys() -> None:
         create_model("mae_smal")
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio = 1.0 keeps 0 of 16 patches; at least one must be kept and one masked"),
+        ({"mask_ratio": 0.0}, "mask_ratio = 0.0 keeps 16 of 16 patches"),
+        ({"mask_ratio": 0.95}, "keeps 0 of 16 patches.*up to 0.9374"),
+        ({"mask_ratio": -0.5}, "mask_ratio = -0.5"),
+        ({"mask_ratio": NAN}, "mask_ratio = nan: input should be a finite number"),
+        ({"image_size": 4}, "image_size = 4 is smaller than one patch of patch_size = 8; use an image size of at least 16"),
+        ({"image_size": 8}, "image_size = 8 is one patch of patch_size = 8.*at least 16"),
+        ({"image_size": 12}, "image_size = 12 is not a multiple of patch_size = 8; use an image size of 16"),
+        ({"image_size": -8}, "image_size = -8: input should be greater than or equal to 1"),
+        ({"patch_size": 0}, "patch_size = 0: input should be greater than or equal to 1"),
+        ({"num_heads": 5}, "width = 48 is not divisible by num_heads = 5; valid head counts: 1, 2, 3, 4, 6, 8"),
+        ({"decoder_num_heads": 5}, "decoder_width = 48 is not divisible by decoder_num_heads = 5"),
+        ({"width": 50, "num_heads": 2}, "width = 50 must be a multiple of 4"),
+        ({"decoder_width": 32, "decoder_num_heads": 2}, "decoder_width = 32 must equal width = 48 when encoder_tokens = all"),
+        ({"encoder_depth": 0, "decoder_depth": 1}, "encoder_depth = 0: input should be greater than or equal to 1"),
+        ({"ista_lambda": [0.1]}, "ista_lambda has 1 values; give one, or one for each of the 2 layers"),
+        ({"ista_step_size": [0.1] * 3}, "ista_step_size has 3 values"),
+        ({"ista_lambda": []}, "ista_lambda has 0 values"),
+        ({"ista_lambda": -0.1}, "ista_lambda = -0.1: give a finite number of at least 0, or a list"),
+        ({"ista_step_size": [0.1, NAN]}, r"ista_step_size = \[0.1, nan\]: give a finite number"),
+        ({"ista_step_size": INFINITY}, "ista_step_size = inf: give a finite number"),
+        ({"ista_lambda": "small"}, "ista_lambda = 'small': give a finite number"),
+        ({"ista_learnable": "token"}, "ista_learnable = 'token': input should be 'none' or 'layer'"),
+        ({"block_norm_eps": 0.0}, "block_norm_eps = 0.0: input should be greater than 0"),
+        ({"family": "resnet"}, "family = 'resnet': input should be 'crate' or 'vit'"),
+        ({"hedas": 3}, "hedas: unknown key.*valid keys here: "),
+    ],
+)
+def test_a_shape_that_cannot_be_is_one_error_with_key_value_and_fix(keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        create_model("crate_mae_tiny", **{**SMALL, **keys})
+    heading, *problems = str(caught.value).splitlines()
+    assert heading == "invalid configuration in model crate_mae_tiny:"
+    assert len(problems) == 1
+
+
 def test_a_zero_cannot_be_trained_as_a_logarithm() -> None:
     with pytest.raises(ConfigError, match="ista_learnable"):
         build("crate_trained_ista", ista_lambda=0.0)
