@@ -172,6 +172,15 @@ def test_an_untrained_encoder_lies_between_floor_and_ceiling_and_away_from_both(
         assert 0 < (measures.subspace_overlap or 0) < 1
 
 
+def test_rates_that_fall_with_depth_are_no_sign_of_learning() -> None:
+    """An encoder that has learned nothing compresses layer by layer as well: the baseline of every such curve."""
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(**{**SMALL, "width": 64, "num_heads": 4, "encoder_depth": 8, "image_size": 32}))
+    rates = [measures.coding_rate_post_nats or 0 for measures in measure_layers(model, draw_images(model, 8))]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.6 * rates[0]
+
+
 def test_a_transformer_has_latents_but_none_of_the_layer_measures() -> None:
     torch.manual_seed(0)
     model = create_model(ModelConfig(**{**SMALL, "family": "vit"}))
