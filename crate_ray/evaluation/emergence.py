@@ -124,7 +124,8 @@ def foreground(features_BND: Tensor) -> Tensor:
     a threshold set by hand, fill holes, and leave the sign to the reader. With unlike backgrounds the common mean leaves
     whole images on one side.
     """
-    centred_BND = features_BND.double() - features_BND.double().mean(dim=1, keepdim=True)
+    features_BND = features_BND.double()
+    centred_BND = features_BND - features_BND.mean(dim=1, keepdim=True)
     _, components_DK = principal_components(centred_BND.flatten(0, 1), 1)
     positive_BN = (centred_BND @ components_DK).squeeze(-1) > 0
     border_N = _border(features_BND.shape[1])
