@@ -1,4 +1,4 @@
-"""`crate-ray probe`: judge the features of finished runs beside their untrained controls."""
+"""`crate-ray probe`: judge the features of finished runs beside their untrained controls, and draw what they see."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +16,17 @@ def probe(
     test: Annotated[
         bool, typer.Option("--test", help="Judge on the test split: for final numbers, never to choose a configuration.")
     ] = False,
+    pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures",
+            help="Also draw reconstructions, attention, keys and layer-wise measures of validation images into RUN/pictures, "
+            "and score emergence where the shards hold object masks.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge the features of finished runs: linear probe, few labels, kNN, beside the untrained encoder."""
+    """Judge the features of finished runs: linear probe, few labels, kNN, beside the untrained encoder; draw pictures."""
     from crate_ray.config import ConfigError
     from crate_ray.evaluation.probes import FEW_LABELS
     from crate_ray.runs import RunFolder
@@ -33,8 +41,9 @@ def probe(
     for folder in folders:
         errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
         reports[folder.name] = _with_pixels(folder, probe_run(folder, split=split), split)
+    drawn = {folder.name: _draw(folder) for folder in folders} if pictures else {}
     if as_json:
-        print_json({"split": split, "runs": reports})
+        print_json({"split": split, "runs": reports, **({"pictures": drawn} if pictures else {})})
         return
     found = list(reports.values())
     lines = [
@@ -47,7 +56,21 @@ def probe(
     ]
     title = f"on {split}, 95% intervals over source images; in brackets: the same encoder untrained"
     print_table(("", *reports), lines, title=title)
+    for made in drawn.values():
+        for uri in made["files"]:
+            console.print(uri, soft_wrap=True)
     console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
+
+
+def _draw(folder: "RunFolder") -> dict[str, list[str]]:
+    """Makes a run's pictures; says what could not be made."""
+    from crate_ray.training.pictures import draw_pictures
+
+    errors.print(f"[dim]{folder.name}: drawing pictures ...[/dim]", soft_wrap=True)
+    made = draw_pictures(folder)
+    for reason in made.left_out:
+        errors.print(f"{folder.name}: no {reason}", soft_wrap=True, markup=False)
+    return {"files": made.files, "left_out": made.left_out}
 
 
 def _with_pixels(folder: "RunFolder", report: dict[str, Any], split: Any) -> dict[str, Any]:
