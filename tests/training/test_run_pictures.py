@@ -1,0 +1,145 @@
+"""Pictures of a finished run: which files, what they are made of, and that making them again changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from crate_ray import storage
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.data import build_source, load_index, read_masks
+from crate_ray.runs import Lease, RunFolder, read_records
+from crate_ray.training.loop import LocalContext, run_training
+from crate_ray.training.pictures import Pictures, draw_pictures
+from crate_ray.training.prepare import prepare_run
+
+LoadTiny = Callable[..., RunConfig]
+
+OF_A_CRATE = [
+    "reconstructions.png",
+    "attention_layer01.png",
+    "keys_layer01.png",
+    "attention_layer02.png",
+    "keys_layer02.png",
+    "emergence.png",
+    "layers.png",
+    "emergence.json",
+]
+SHALLOW = ("model.encoder_depth=2", "model.decoder_depth=2", "train.steps=2")
+
+
+def train(config: RunConfig) -> RunFolder:
+    config, folder = prepare_run(config, device_type="cpu")
+    lease = Lease.take(folder)
+    run_training(config, folder, LocalContext(lease.attempt))
+    lease.end("FINISHED")
+    return folder
+
+
+def names(made: Pictures) -> list[str]:
+    return [uri.rpartition("/")[2] for uri in made.files]
+
+
+def test_a_crate_run_on_shapes_has_every_picture_and_its_emergence_in_the_records(load_tiny: LoadTiny) -> None:
+    folder = train(load_tiny(*SHALLOW))
+    before = folder.read_json("final.json")
+    made = draw_pictures(folder)
+    assert (names(made), made.left_out) == (OF_A_CRATE, [])
+    assert all(storage.read_bytes(uri)[:4] == b"\x89PNG" for uri in made.files if uri.endswith(".png"))
+
+    held = folder.read_json("pictures/emergence.json")
+    assert held is not None
+    assert [layer["layer"] for layer in held["layers"]] == [1, 2]
+    record = next(record.values for record in read_records(folder) if record.step == 2)
+    for layer in held["layers"]:
+        for name in ("attention_jaccard", "attention_mean_jaccard", "foreground_jaccard"):
+            key = f"emergence/layer{layer['layer']:02d}/{name}"
+            value, low, high = layer[name]["trained"]
+            assert low <= value <= high
+            assert record[key] == value
+            gain = layer[name]["trained"][0] - layer[name]["untrained"][0]
+            assert record[f"{key}_gain"] == pytest.approx(gain, abs=2e-4)
+    assert folder.read_json("final.json") == before
+
+    url = str(folder.read_config().data.eval)
+    masks = read_masks(url, range(load_index(url).num_samples), image_size=16).numpy()
+    patches = [(slice(top, top + 4), slice(left, left + 4)) for top in range(0, 16, 4) for left in range(0, 16, 4)]
+    shares = np.array([[mask[patch].mean() >= 0.5 for patch in patches] for mask in masks])
+    shares = shares[shares.any(axis=1)]
+    assert held["num_images"] == len(shares)
+    assert held["object_share_of_patches"] == pytest.approx(shares.mean(), abs=1e-4)
+    assert held["trivial"]["all_patches"]["jaccard"][0] == pytest.approx(shares.mean(), abs=1e-4)
+
+
+def test_an_encoder_that_did_not_learn_gains_nothing(load_tiny: LoadTiny) -> None:
+    made = draw_pictures(train(load_tiny("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0")))
+    assert made.emergence is not None
+    for layer in made.emergence["layers"]:
+        measures = [value for key, value in layer.items() if key != "layer"]
+        assert all(measure["trained"] == measure["untrained"] for measure in measures)
+        assert all(measure["gain"] == [0, 0, 0] for measure in measures)
+
+
+def test_the_vit_family_has_what_is_defined_for_it(load_tiny: LoadTiny) -> None:
+    made = draw_pictures(train(load_tiny(*SHALLOW, recipe="digits_mae")))
+    assert names(made) == [name for name in OF_A_CRATE if name != "layers.png"]
+    assert made.left_out == ["layer-wise curves: none of the white-box measures is defined for the family vit"]
+
+
+def test_shards_without_masks_leave_emergence_out_with_a_reason(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    from torchvision.io import write_png
+
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        target = tmp_path / "images" / str(number % 2)
+        target.mkdir(parents=True, exist_ok=True)
+        write_png(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator), str(target / f"{number}.png"))
+    build_source(f"folder:{tmp_path / 'images'}", str(tmp_path / "shards"))
+    urls = [f"data.{key}={tmp_path / 'shards' / 'train'}" for key in ("train", "eval")]
+    folder = train(load_tiny(*SHALLOW, *urls, "data.test=null"))
+    made = draw_pictures(folder)
+    assert names(made) == [name for name in OF_A_CRATE if "emergence" not in name]
+    assert len(made.left_out) == 1
+    assert "has no mask" in made.left_out[0]
+    assert not any(key.startswith("emergence/") for record in read_records(folder) for key in record.values)
+
+
+def test_a_run_that_cannot_have_pictures_is_refused_and_gets_no_file(load_tiny: LoadTiny) -> None:
+    _, folder = prepare_run(load_tiny(), device_type="cpu")
+    with pytest.raises(ConfigError, match="is not finished; train it to its end first"):
+        draw_pictures(folder)
+    assert storage.list_dir(folder.path("pictures")) == []
+
+    blind = train(load_tiny("train.steps=1", "data.eval=null", "data.test=null"))
+    with pytest.raises(ConfigError, match=r"has no data\.eval; its pictures are of validation images"):
+        draw_pictures(blind)
+
+
+def test_the_verb_lists_what_it_drew_and_drawing_again_changes_nothing(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crate_ray.cli.main import main
+
+    folder = train(load_tiny(*SHALLOW))
+    paths = [folder.path("pictures", name) for name in OF_A_CRATE]
+
+    def probe(*flags: str) -> tuple[Any, list[bytes], int]:
+        monkeypatch.setattr("sys.argv", ["crate-ray", "probe", folder.uri, "--pictures", *flags])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        num_records = storage.read_text(folder.path("metrics.jsonl")).count("\n")
+        return capsys.readouterr(), [storage.read_bytes(path) for path in paths], num_records
+
+    plain, pictures, num_records = probe()
+    assert [line for line in plain.out.splitlines() if line.startswith(folder.uri)] == paths
+    assert "drawing pictures" in plain.err
+
+    as_json, again, num_after = probe("--json")
+    assert json.loads(as_json.out)["pictures"] == {folder.name: {"files": paths, "left_out": []}}
+    assert (again, num_after) == (pictures, num_records)
+    assert storage.list_dir(folder.path("pictures")) == sorted(OF_A_CRATE)
