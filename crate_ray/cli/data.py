@@ -5,6 +5,8 @@ that the reader calls, so what it prints is what a run reads.
 """
 
 import shlex
+import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,16 +15,23 @@ from rich.markup import escape
 from crate_ray import storage
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
-from crate_ray.cli.progress import count_images
-from crate_ray.config import DataConfig
+from crate_ray.cli.progress import count_progress
+from crate_ray.config import ConfigError, DataConfig
 
 if TYPE_CHECKING:
-    from crate_ray.data import BuildSummary, ShardIndex
+    from crate_ray.data import Audit, BuildSummary, IndexSummary, ShardIndex, TaskMap
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, index, audit and inspect shards of images.")
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of one split: *.tar shards with their index.")]
 
+Shards = Annotated[str, typer.Argument(help="Folder of *.tar, one shard, or a pattern: 'in-{0000..0123}.tar', 'part-*.tar'.")]
+LabelField = Annotated[str | None, typer.Option(help="Field of KEY.json that holds the label; by default KEY.cls, then label.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine, one shard each at a time.")]
+Parallel = Annotated[bool, typer.Option("--parallel", help="One task a shard on the Ray cluster.")]
+
+_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
+_SHOWN_FINDINGS = 200
 _SHOWN_ROWS = 64
 _SHOWN_KEYS = 3
 _RECIPES = {"imagenet": "imagenet_crate_mae_base"}
@@ -43,7 +52,7 @@ def build(
     """Write a source as shards and index. The same command again continues, or returns at once."""
     from crate_ray.data import build_source, load_index
 
-    with count_images() as progress:
+    with count_progress("images") as progress:
         summary = build_source(
             source, out, seed=seed, image_size=image_size, num_classes=num_classes, workers=workers, progress=progress
         )
@@ -65,38 +74,69 @@ def build(
 
 @app.command("index")
 def index(
-    url: Annotated[str, typer.Argument(help="Folder or URL that holds *.tar shards, ours or anyone's.")],
+    url: Shards,
+    out: Annotated[str | None, typer.Option(help="Folder of the index; by default the shards' own.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="By default the largest label plus one.")] = None,
+    label_field: LabelField = None,
+    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out what is damaged, and count it.")] = False,
+    workers: Workers = 1,
+    parallel: Parallel = False,
     as_json: Json = False,
 ) -> None:
-    """Index shards that another program wrote."""
-    from crate_ray.data import build_index
+    """Index shards that anyone wrote. The same command again continues an interrupted indexing."""
+    from crate_ray.data import DamagedDataError, build_index
 
-    found = {"url": url, **_describe(build_index(url, num_classes=num_classes))}
+    try:
+        with count_progress("shards") as progress:
+            found = build_index(
+                url,
+                out=out,
+                num_classes=num_classes,
+                label_field=label_field,
+                skip_damaged=skip_damaged,
+                task_map=_task_map(workers, parallel),
+                progress=lambda done, total, samples: progress(done, total, f"{samples:,} samples"),
+            )
+    except DamagedDataError as error:
+        if as_json:
+            print_json({"url": url, "ok": False, "findings": [finding.as_dict() for finding in error.findings]})
+        raise
     if as_json:
-        print_json(found)
-        return
-    labels = f"{found['num_labelled']:,} labelled, {found['num_classes']} classes" if found["num_labelled"] else "no labels"
-    console.print(f"{found['num_samples']:,} images in {found['num_shards']} shards, {labels}", soft_wrap=True)
-    console.print(f"digest {found['digest']}", soft_wrap=True)
+        print_json({**asdict(found), "ok": True, "findings": [finding.as_dict() for finding in found.findings]})
+    else:
+        _print_summary(found)
 
 
 @app.command("verify")
-def verify(url: Url, as_json: Json = False) -> None:
-    """Compare shards with their index. Every byte is read; exit code 1 when something differs."""
-    from crate_ray.data import load_index, verify_index
+def verify(
+    url: Shards,
+    max_pixels: Annotated[int, typer.Option(min=1, help="data.max_pixels of the run.")] = _MAX_PIXELS,
+    decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every image, or read headers only.")] = True,
+    label_field: LabelField = None,
+    workers: Workers = 1,
+    parallel: Parallel = False,
+    as_json: Json = False,
+) -> None:
+    """Read all shards, with their index if any, and report everything that is wrong; exit code 1 when something is."""
+    from crate_ray.data import verify_shards
 
-    faults = verify_index(url)
-    found = _describe(load_index(url))
+    started = time.monotonic()
+    with count_progress("shards") as progress:
+        audit = verify_shards(
+            url,
+            max_pixels=max_pixels,
+            decode=decode,
+            label_field=label_field,
+            task_map=_task_map(workers, parallel),
+            progress=lambda done, total, samples: progress(done, total, f"{samples:,} samples"),
+        )
+    seconds = time.monotonic() - started
     if as_json:
-        print_json({"url": url, "ok": not faults, "faults": faults, **found})
-    elif faults:
-        for fault in faults:
-            console.print(escape(fault), soft_wrap=True)
+        findings = [finding.as_dict() for finding in audit.findings]
+        print_json({**asdict(audit), "ok": not findings, "seconds": round(seconds, 3), "findings": findings})
     else:
-        text = f"{found['num_samples']:,} images in {found['num_shards']} shards agree with the index; digest {found['digest']}"
-        console.print(text, soft_wrap=True)
-    if faults:
+        _print_audit(audit, seconds)
+    if audit.findings:
         raise typer.Exit(1)
 
 
@@ -124,6 +164,47 @@ def plan(
         print_json({"url": url, "digest": found.digest, "world_size": world_size, "global_batch": global_batch, **body})
     else:
         _print_plan(body)
+
+
+def _task_map(workers: int, parallel: bool) -> "TaskMap":
+    """Who reads the shards."""
+    if not parallel:
+        from crate_ray.data import map_with
+
+        return map_with(workers)
+    if workers > 1:
+        raise ConfigError("--workers and --parallel exclude each other; with --parallel the Ray cluster decides")
+    from crate_ray.launch.indexing import map_on_cluster
+
+    return map_on_cluster
+
+
+def _print_summary(found: "IndexSummary") -> None:
+    labels = f"{found.num_labelled:,} labelled, {found.num_classes} classes" if found.num_labelled else "no labels"
+    console.print(f"{found.num_samples:,} images in {found.num_shards} shards, {labels}", soft_wrap=True)
+    if found.resumed_shards:
+        console.print(f"{found.resumed_shards} shards had been read by an interrupted indexing", soft_wrap=True)
+    if found.left_out_shards or found.left_out_samples:
+        left_out = f"left out: {found.left_out_shards} shards, and {found.left_out_samples} samples of the others"
+        console.print(f"{left_out}; `crate-ray data verify` lists them", soft_wrap=True)
+    console.print(f"digest {found.digest}", soft_wrap=True)
+
+
+def _print_audit(audit: "Audit", seconds: float) -> None:
+    shown = audit.findings[:_SHOWN_FINDINGS]
+    if shown:
+        header = ("shard", "fault", "sample", "byte", "what", "fix")
+        rows = [(f.shard, f.fault, f.key, "" if f.offset is None else str(f.offset), f.what, f.fix) for f in shown]
+        print_table(header, [[escape(cell) for cell in row] for row in rows])
+    if len(audit.findings) > len(shown):
+        console.print(f"... {len(audit.findings) - len(shown)} more; --json gives all of them")
+    how = "every image decoded" if audit.decoded else "of images only the headers read"
+    against = "compared with the index" if audit.indexed else "no index to compare with"
+    console.print(
+        f"{len(audit.findings)} faults in {audit.num_samples:,} samples of {audit.num_shards} shards, {how}, {against}; "
+        f"{audit.bytes / 1e6:,.1f} MB in {seconds:.1f} s",
+        soft_wrap=True,
+    )
 
 
 def _describe(index: "ShardIndex") -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Progress, of a run or of images counted: a bar in a terminal, plain lines elsewhere.
+"""Progress, of a run or of things counted: a bar in a terminal, plain lines elsewhere.
 
 The driver learns of a run's progress in one way only, by following the run folder, so what is shown is what
 is recorded.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -22,24 +22,36 @@ _ALWAYS = {"train/loss": "loss {:.4f}", "perf/images_per_s": "{:.0f} images/s", 
 _WHERE_WIDE = {"eval/loss": "eval {:.4f}", "eval/knn_top1": "kNN {:.1%}"}
 
 
+class Count(Protocol):
+    """Shows how far some work is."""
+
+    def __call__(self, done: int, total: int, detail: str = "") -> None:
+        """So much of so much, and what else is worth saying."""
+
+
 @contextmanager
-def count_images() -> Iterator[Callable[[int, int], None]]:
+def count_progress(unit: str) -> Iterator[Count]:
     """Gives what is called with (done, total): a bar on a terminal's standard error, a line every ten seconds elsewhere."""
     last_line = time.monotonic()
 
-    def line(done: int, total: int) -> None:
+    def line(done: int, total: int, detail: str = "") -> None:
         nonlocal last_line
         if time.monotonic() - last_line > LINE_EVERY_S:
             last_line = time.monotonic()
-            errors.print(f"{done:,}/{total:,} images", soft_wrap=True)
+            errors.print(f"{done:,}/{total:,} {unit} {detail}".rstrip(), soft_wrap=True)
 
     if not errors.is_terminal:
         yield line
         return
-    columns = (TextColumn("images"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeRemainingColumn())
+    detail_column = TextColumn("{task.fields[detail]}")
+    columns = (TextColumn(unit), BarColumn(bar_width=32), MofNCompleteColumn(), detail_column, TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(unit, total=None, detail="")
+
+        def show(done: int, total: int, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, detail=detail)
+
+        yield show
 
 
 class RunProgress:

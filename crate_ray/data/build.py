@@ -10,17 +10,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
 from typing import Any
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.index import SCHEMA_VERSION, build_index
+from crate_ray.data.indexing import build_index
+from crate_ray.data.schema import SCHEMA_VERSION
 from crate_ray.data.shards import pack_shard
 from crate_ray.data.sources.source import SPLITS, Source
+from crate_ray.data.workers import map_with
 
 logger = logging.getLogger(__name__)
 
@@ -124,23 +124,10 @@ def _write_all(tasks: list[_ShardTask], workers: int | None, progress: Callable[
     total, done = sum(len(task.items) for task in tasks), 0
     if workers is None:
         workers = min(len(tasks), os.cpu_count() or 1) if total >= _SAMPLES_WORTH_A_POOL else 1
-    if workers <= 1:
-        for task in tasks:
-            done += _write(task)
-            if progress:
-                progress(done, total)
-        return
-    # Spawned, not forked: a fork copies the locks of torch's thread pools in whatever state they are.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_write, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                done += future.result()
-                if progress:
-                    progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for _, count in map_with(workers)(_write, tasks):
+        done += count
+        if progress:
+            progress(done, total)
 
 
 def _claim(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -208,7 +195,7 @@ def build_source(
     _write_all(tasks, workers, progress)
     counts, digests = {}, {}
     for split, items in planned.splits.items():
-        index = build_index(storage.join(out, split), num_classes=len(planned.classes))
+        index = build_index(storage.join(out, split), num_classes=len(planned.classes), record_times=False)
         if index.num_samples != len(items):
             raise ConfigError(
                 f"{index.url} holds {index.num_samples} samples instead of {len(items)}; delete it and build again"

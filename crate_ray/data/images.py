@@ -1,89 +1,39 @@
 """From the bytes of an image to pixels of the size a model takes.
 
 In: JPEG, PNG or WebP bytes from strangers. Out: uint8 tensors (3, S, S), RGB; the device normalises them.
-The size is read from the file's header by a parser of our own and refused when too large, before any decoder allocates
-memory for it. torchvision decodes (a third faster than PIL); resizing is bicubic with antialiasing on uint8, which agrees
-with PIL to one level. Orientation tags are ignored, as in the published pipelines.
+The size is read from the file's header first (headers.py) and refused when too large. torchvision decodes (a third faster
+than PIL); resizing is bicubic with antialiasing on uint8, which agrees with PIL to one level. Orientation tags are ignored,
+as in the published pipelines.
 """
 
 import math
-import struct
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crate_ray.data.headers import DEFAULT_MAX_PIXELS, ImageError, check_size, read_header
 from crate_ray.data.shards import Buffer
 from crate_ray.data.streams import Purpose, stream
 
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "Augmentation",
+    "ImageError",
+    "center_crop",
+    "crop_box",
+    "decode",
+    "mask_noise",
+    "random_resized_crop",
+    "read_header",
+    "resize",
+]
+
 Augmentation = Literal["none", "random_resized_crop"]
 
-DEFAULT_MAX_PIXELS = 89_478_485
 _ASPECT = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
-_JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_BARE_MARKERS = frozenset({0x01, 0xFF, *range(0xD0, 0xD9)})
-
-
-class ImageError(ValueError):
-    """An image that cannot or must not be decoded; the message says why."""
-
-
-def _png_size(data: Buffer) -> tuple[int, int]:
-    width, height = struct.unpack(">II", data[16:24])
-    return width, height
-
-
-def _jpeg_size(data: Buffer) -> tuple[int, int]:
-    """Width and height from the first frame header; the segments before it are skipped by their lengths."""
-    position = 2
-    while data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker in _JPEG_SIZE_MARKERS:
-            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
-            return width, height
-        position += 1 if marker == 0xFF else 2
-        if marker not in _JPEG_BARE_MARKERS:
-            position += int.from_bytes(data[position : position + 2], "big")
-    raise ImageError("its JPEG segments are damaged before the frame header")
-
-
-def _webp_size(data: Buffer) -> tuple[int, int]:
-    chunk = bytes(data[12:16])
-    if chunk == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if chunk == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack("<HH", data[26:30])
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def _reader_of(data: Buffer) -> tuple[str, Callable[[Buffer], tuple[int, int]]]:
-    start = bytes(data[:12])
-    if start[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png", _png_size
-    if start[:3] == b"\xff\xd8\xff":
-        return "jpg", _jpeg_size
-    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
-        return "webp", _webp_size
-    raise ImageError(f"it is neither JPEG, PNG nor WebP (it starts with {start[:8]!r})")
-
-
-def read_header(data: Buffer) -> tuple[str, int, int]:
-    """Return the format (jpg, png or webp), the width and the height in pixels that an image's header declares.
-
-    Raises:
-        ImageError: When the bytes are no such image or end before its size.
-    """
-    name, read_size = _reader_of(data)
-    try:
-        width, height = read_size(data)
-    except (IndexError, struct.error):
-        raise ImageError("it ends inside its header") from None
-    return name, width, height
 
 
 def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
@@ -98,11 +48,7 @@ def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tenso
     """
     from torchvision.io import ImageReadMode, decode_image
 
-    _, width, height = read_header(data)
-    if width * height > max_pixels or width * height == 0:
-        raise ImageError(
-            f"its header declares {width} x {height} pixels; between 1 and data.max_pixels={max_pixels} are decoded"
-        )
+    check_size(data, max_pixels=max_pixels)
     # A bytearray, because torch warns of tensors over memory that it may not write.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:

@@ -69,14 +69,15 @@ def test_verify_finds_a_changed_byte(invoke, shapes, tmp_path):
     found = json.loads(result.out)
     assert result.code == 1
     assert not found["ok"]
-    assert len(found["faults"]) == 1
-    assert shard.name in found["faults"][0]
+    (finding,) = found["findings"]
+    assert finding["shard"] == shard.name
+    assert finding["fault"] == "changed-bytes"
 
 
-def test_verify_without_an_index_names_the_command_that_makes_one(invoke, tmp_path):
+def test_verify_without_shards_is_an_error(invoke, tmp_path):
     result = invoke("data", "verify", tmp_path)
     assert result.code == 2
-    assert "crate-ray data index" in result.err
+    assert "no *.tar shards" in result.err
 
 
 def _plan(invoke, url, world_size, *, steps=6, batch=8, cursor=0):

@@ -1,0 +1,111 @@
+"""Which shards a path, a URL or a pattern means.
+
+In: a folder, one `.tar`, or a pattern such as `s3://bucket/in-{0000..1023}.tar` or `part-*.tar`. Out: the shards with size and
+time as their store lists them, sorted by name. Braces are expanded as webdataset does, anywhere in the path; `*` and `[...]`
+stand in file names only, because listing a store recursively may cost more than reading the shards.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs
+
+from crate_ray import storage
+from crate_ray.config import ConfigError
+from crate_ray.data.scan import ShardFile
+
+ALL_SHARDS = "*.tar"
+_WILDCARDS = "*["
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The shards of a data set.
+
+    Attributes:
+        folder: What their names are relative to.
+        pattern: What was asked for, relative to the folder.
+        files: Sorted by name; one that is named but not there has the size -1.
+    """
+
+    folder: str
+    pattern: str
+    files: list[ShardFile]
+
+
+def _split(url: str) -> tuple[str, str]:
+    """The folder in front of the first pattern or shard, and what follows; a query stays with the folder."""
+    base, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    root = base.find("://") + 3 if "://" in base else 0
+    cut = next((i for i, letter in enumerate(base) if letter in _WILDCARDS + "{"), -1)
+    if cut < 0:
+        if not base.endswith(".tar") or storage.is_dir(url):
+            return url, ALL_SHARDS
+        cut = len(base)
+    slash = base.rfind("/", root, cut)
+    folder = base[:slash] or "/" if slash >= 0 else (base[:root] or ".")
+    return folder + mark + query, base[slash + 1 :] if slash >= 0 else base[root:]
+
+
+def _expand(pattern: str) -> list[str]:
+    """The alternatives of `{a,b}` and `{00..11}`."""
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:  # UnbalancedBracesError
+        raise ConfigError(f"the braces in {pattern!r} do not match; write for example shard-{{0000..0123}}.tar") from None
+
+
+def _match(folder: str, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Names and listing entries of the shards that a pattern without braces means."""
+    parent, _, base = pattern.rpartition("/")
+    if any(letter in parent for letter in _WILDCARDS):
+        raise ConfigError(
+            f"'{pattern}': * and [...] stand in file names only; name the folders with braces, {{train,val}}/*.tar"
+        )
+    store, path = storage.open_store(storage.join(folder, parent) if parent else folder)
+    for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        if info.type == fs.FileType.File and fnmatch.fnmatchcase(info.base_name, base):
+            yield f"{parent}/{info.base_name}" if parent else info.base_name, info
+
+
+def _named(folder: str, names: list[str]) -> Iterable[tuple[str, Any]]:
+    """Listing entries of shards that are named in full."""
+    if not names:
+        return ()
+    store, _ = storage.open_store(folder)
+    infos = store.get_file_info([storage.open_store(storage.join(folder, name))[1] for name in names])
+    return zip(names, infos, strict=True)
+
+
+def list_shards(url: str) -> Listing:
+    """Find the shards that a folder, a file or a pattern means.
+
+    Raises:
+        ConfigError: For a scheme that is not read, a pattern that cannot be understood, or one that no shard matches.
+    """
+    storage.scheme(url)
+    folder, pattern = _split(url)
+    alternatives = _expand(pattern)
+    found: dict[str, Any] = {}
+    for alternative in alternatives:
+        if any(letter in alternative for letter in _WILDCARDS):
+            found.update(_match(folder, alternative))
+    found.update(_named(folder, [name for name in alternatives if not any(letter in name for letter in _WILDCARDS)]))
+    files = [_shard_file(folder, name, info) for name, info in sorted(found.items()) if name.endswith(".tar")]
+    if not any(file.size >= 0 for file in files):
+        raise ConfigError(
+            f"no *.tar shards in {url}; give the folder that holds them, or a pattern such as shard-{{0000..0123}}.tar "
+            "(compressed archives are not supported)"
+        )
+    return Listing(folder, pattern, files)
+
+
+def _shard_file(folder: str, name: str, info: Any) -> ShardFile:
+    uri = storage.join(folder, name)
+    if info.type != fs.FileType.File:
+        return ShardFile(name, uri, -1, None)
+    return ShardFile(name, uri, int(info.size), info.mtime_ns)

@@ -1,0 +1,51 @@
+"""Reading shards on the cluster: one Ray task a shard.
+
+In: the function and the tasks of `crate_ray.data.indexing` or `crate_ray.data.verify`. Out: their results, as they come; the
+caller puts them in order. Results travel through the object store, so the nodes need to see the shards, not the index.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from crate_ray.launch.cluster import capacity, connect
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TASKS_A_CPU = 2  # one that runs and one that waits; results that nobody has taken yet stay few
+
+
+def map_on_cluster(function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[int, R]]:
+    """Computes `function(task)` for every task, as a `crate_ray.data.TaskMap`.
+
+    Args:
+        function: Picklable; run on any node, again elsewhere when its node dies.
+        tasks: One each.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if not tasks:
+        return
+    connect()
+    most = max(1, _TASKS_A_CPU * math.floor(capacity().total("CPU")))
+    waiting, running = iter(enumerate(tasks)), dict[ray.ObjectRef[Any], int]()
+    try:
+        while True:
+            while len(running) < most and (following := next(waiting, None)) is not None:
+                running[_call.remote(function, following[1])] = following[0]
+            if not running:
+                return
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done), ray.get(done)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _call(function: Callable[[Any], Any], task: Any) -> Any:
+    return function(task)
