@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crate_ray.config import ModelConfig, OptimizerConfig
-from crate_ray.models import MaskedAutoencoder
+from crate_ray.models import Classifier, MaskedAutoencoder
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 16, "num_heads": 2, "encoder_depth": 2, "decoder_depth": 1}
@@ -29,6 +29,44 @@ def test_matrices_decay_and_norms_biases_tokens_and_scalars_do_not(values: dict[
     assert {"cls_token", "mask_token"} <= set(free_names)
     assert all(dict(model.named_parameters())[name].ndim == 2 for name in decayed_names)
     assert not any("norm" in name or name.endswith("bias") for name in decayed_names)
+
+
+# What facebookresearch/mae (util/lr_decay.py) gives the 14 levels of a 12-layer model at layer decay 0.65, to 6 digits.
+SCALES_12 = [
+    0.003697, 0.005688, 0.008751, 0.013463, 0.020712, 0.031864, 0.049022,
+    0.075419, 0.116029, 0.178506, 0.274625, 0.4225, 0.65, 1.0,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**CRATE, "encoder_depth": 12, "num_classes": 3},
+        {**CRATE, "encoder_depth": 12, "num_classes": 3, "embedding": "linear"},
+        {**VIT, "encoder_depth": 12, "num_classes": 3},
+    ],
+    ids=["published-crate", "crate", "vit"],
+)
+def test_the_learning_rate_decays_from_head_to_embedding_as_in_facebooks_fine_tuning(values: dict[str, object]) -> None:
+    model = Classifier(ModelConfig.parse(values))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, 0.65)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    assert scales.keys() == set(names.values())
+    levels = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0, "patch_norm": 0, "embed_norm": 0}
+    levels |= {"norm": 13, "fc_norm": 13, "head": 13}
+    for name, scale in scales.items():
+        first, _, rest = name.partition(".")
+        level = int(rest.split(".")[0]) + 1 if first == "blocks" else levels[first]
+        assert scale == pytest.approx(SCALES_12[level], abs=5e-7), name
+    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    assert all(
+        (decay == 0.05) == (name.endswith(("weight", "dictionary")) and "norm" not in name) for name, decay in decays.items()
+    )
+
+
+def test_without_layer_decay_every_parameter_has_the_whole_learning_rate() -> None:
+    assert [group["lr_scale"] for group in parameter_groups(build(CRATE), 0.05)] == [1.0, 1.0]
 
 
 def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
