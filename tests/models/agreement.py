@@ -30,12 +30,14 @@ def published_names(model: nn.Module, published: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def check_gradient_norms(model: nn.Module, published: Mapping[str, Tensor], norms: Mapping[str, float]) -> None:
+def check_gradient_norms(
+    model: nn.Module, published: Mapping[str, Tensor], norms: Mapping[str, float], *, tolerance: float = GRADIENT_TOLERANCE
+) -> None:
     """Every gradient norm is the published one, and no published gradient is left over."""
     names = published_names(model, published)
     parameters = dict(model.named_parameters())
     for ours, theirs in names.items():
         gradient = parameters[ours].grad
         assert gradient is not None, ours
-        assert float(gradient.norm()) == pytest.approx(norms[theirs], rel=GRADIENT_TOLERANCE), (ours, theirs)
+        assert float(gradient.norm()) == pytest.approx(norms[theirs], rel=tolerance), (ours, theirs)
     assert set(names.values()) == norms.keys()
