@@ -82,7 +82,7 @@ def _describe(source: "WeightsFile", file: str, *, as_json: bool) -> None:
     lines = [
         ("layout", source.layout),
         ("architecture", str(found)),
-        ("values", f"{parameters:,}, position tables included"),
+        ("parameters", f"{parameters:,}, position tables included"),
         ("presets", presets[0] if presets else "none has these shapes"),
         *(("", other) for other in presets[1:]),
     ]
