@@ -4,13 +4,14 @@ In: a folder of shards with its index, a rank of a world, a cursor. Out: an endl
 Threads only execute tasks that the order has already fixed, so their number never changes a batch; decoding
 releases the interpreter's lock, so threads scale without copying images between processes. The trade-off: the few
 microseconds of Python a sample are serial, which bounds one reader at some ten thousand small images a second.
-A sample that cannot be read is replaced by its neighbour at the same position, counted, and bounded.
+A sample that cannot be read is replaced by its neighbour at the same position, counted, and bounded. A batch that does not
+come in time is an error that names the threads and the samples they are on; nothing waits for ever.
 """
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -22,13 +23,23 @@ from numpy.typing import NDArray
 
 from crate_ray.config import ConfigError
 from crate_ray.data import order as orders
+from crate_ray.data.cache import ShardCache
 from crate_ray.data.images import DEFAULT_MAX_PIXELS, Augmentation
 from crate_ray.data.index import load_index
+from crate_ray.data.loaders import LoaderThreads
 from crate_ray.data.samples import Ids, SampleLoader, Transform
 
 logger = logging.getLogger(__name__)
 
 _ALWAYS_REPLACEABLE = 8
+_SHOWN_THREADS = 4
+_EVALUATION_HORIZON = 16
+DEFAULT_LOADER_TIMEOUT_S = 300.0
+DEFAULT_CACHE_BYTES = 64 << 30
+
+
+class LoaderTimeoutError(TimeoutError):
+    """No batch came in time; the message names the threads and what they are on."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +69,45 @@ class _PendingBatch:
     """A batch that threads are filling, each its own rows."""
 
     def __init__(
-        self, loader: SampleLoader, pool: ThreadPoolExecutor | None, ids_B: Ids, epochs_B: Ids, *, num_tasks: int
+        self, loader: SampleLoader, threads: LoaderThreads | None, ids_B: Ids, epochs_B: Ids, *, num_tasks: int
     ) -> None:
         self._buffers = loader.allocate(len(ids_B))
-        self._ids_B, self._epochs_B = ids_B, epochs_B
+        self._loader, self.planned = loader, (ids_B, epochs_B)
         bounds = [i * len(ids_B) // num_tasks for i in range(num_tasks + 1)]
         slices = [slice(a, b) for a, b in pairwise(bounds) if a < b]
         self._tasks: list[Future[int]] = []
         self._inline = 0
         for rows in slices:
-            if pool is None:
+            if threads is None:
                 self._inline += loader.fill(self._buffers, rows, ids_B, epochs_B)
             else:
-                self._tasks.append(pool.submit(loader.fill, self._buffers, rows, ids_B, epochs_B))
+                self._tasks.append(threads.submit(loader.fill, self._buffers, rows, ids_B, epochs_B))
 
     def cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
 
-    def finish(self, *, padded: int, cursor_after: int) -> tuple[Batch, int]:
+    def wait(self, timeout_s: float) -> None:
+        """Return when all rows are filled; raises the fault of a row at once.
+
+        Raises:
+            LoaderTimeoutError: They are not, within the timeout.
+        """
+        done, late = wait(self._tasks, timeout=timeout_s, return_when=FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        if late:
+            busy = "; ".join(self._loader.busy()[:_SHOWN_THREADS]) or "no loader thread is at work"
+            raise LoaderTimeoutError(
+                f"no batch within data.loader_timeout_s={timeout_s:g}: {busy}; check that storage, or raise the timeout"
+            )
+
+    def finish(self, *, padded: int, cursor_after: int, timeout_s: float) -> tuple[Batch, int]:
         """Wait for the rows, pad them with weightless copies of the first; also return how many were replaced."""
+        self.wait(timeout_s)
         replaced = self._inline + sum(task.result() for task in self._tasks)
-        num_rows = len(self._ids_B)
+        ids_B, epochs_B = self.planned
+        num_rows = len(ids_B)
         rows = torch.arange(padded)
         weights_B = (rows < num_rows).float()
         rows = torch.where(rows < num_rows, rows, 0)
@@ -95,10 +123,69 @@ class _PendingBatch:
             None if noise is None else pad(noise),
             weights_B,
             pad(self._buffers.sample_ids_B),
-            pad(self._epochs_B),
+            pad(epochs_B),
             cursor_after,
         )
+        self._loader.done(ids_B)
         return batch, replaced
+
+
+class _ReadAhead:
+    """Batches of a plan, in order: some being filled, and more announced to the loader where it fetches shards early.
+
+    Args:
+        num_loaders: Threads; 0 fills a batch when it is asked for.
+        prefetch: Batches being filled ahead.
+        horizon: Batches announced ahead, at least `prefetch`; used with a cache.
+        timeout_s: Longest wait for a batch.
+    """
+
+    def __init__(self, loader: SampleLoader, *, num_loaders: int, prefetch: int, horizon: int, timeout_s: float) -> None:
+        self._loader, self._timeout_s = loader, timeout_s
+        self._depth = prefetch if num_loaders else 1
+        self._horizon = max(horizon, self._depth) if loader.is_caching else self._depth
+        self._num_tasks = max(1, num_loaders)
+        self.threads = LoaderThreads(num_loaders) if num_loaders else None
+        self._plan: Iterator[tuple[Ids, Ids]] = iter(())
+        self._announced: deque[tuple[Ids, Ids]] = deque()
+        self._pending: deque[_PendingBatch] = deque()
+
+    def start(self, plan: Iterable[tuple[Ids, Ids]]) -> None:
+        """Drop what was read ahead, and go on with another plan: sample ids and epochs of each batch."""
+        for pending in self._pending:
+            pending.cancel()
+        for ids_B, _ in [*(pending.planned for pending in self._pending), *self._announced]:
+            self._loader.done(ids_B)
+        self._pending.clear()
+        self._announced.clear()
+        self._plan = iter(plan)
+
+    def _fill_up(self) -> None:
+        while len(self._pending) + len(self._announced) < self._horizon and (planned := next(self._plan, None)):
+            self._loader.expect(planned[0])
+            self._announced.append(planned)
+        while len(self._pending) < self._depth and self._announced:
+            ids_B, epochs_B = self._announced[0]
+            self._pending.append(_PendingBatch(self._loader, self.threads, ids_B, epochs_B, num_tasks=self._num_tasks))
+            self._announced.popleft()
+
+    def next(self, *, padded: int | None, cursor_after: int) -> tuple[Batch, int] | None:
+        """The next batch and how many of its samples are stand-ins; None at the end of the plan."""
+        self._fill_up()
+        if not self._pending:
+            return None
+        pending = self._pending[0]
+        rows = len(pending.planned[0]) if padded is None else padded
+        result = pending.finish(padded=rows, cursor_after=cursor_after, timeout_s=self._timeout_s)
+        self._pending.popleft()
+        return result
+
+    def close(self) -> None:
+        """End the threads and let go of the shards."""
+        self.start(())
+        if self.threads is not None:
+            self.threads.close()
+        self._loader.close()
 
 
 class Reader:
@@ -120,42 +207,41 @@ class Reader:
         num_loaders: int,
         prefetch: int,
         max_replaced_fraction: float,
+        loader_timeout_s: float,
     ) -> None:
         self._loader, self._order, self._batch_size = loader, order, batch_size
         self._slice = orders.rank_slice(rank, world_size, batch_size)
-        self._cursor = self._next_cursor = cursor
-        self._depth = prefetch if num_loaders else 1
-        self._num_tasks = max(1, num_loaders)
-        self._pool = ThreadPoolExecutor(num_loaders, thread_name_prefix="crate-ray-loader") if num_loaders else None
-        self._pending: deque[_PendingBatch] = deque()
-        self._ordered_epoch = -1
         self._delivered = 0
         self._max_replaced_fraction = max_replaced_fraction
         self.replaced_samples = 0
+        horizon = min(order.window * order.lanes, order.num_samples) // batch_size + 1  # one window of every lane
+        self._ahead = _ReadAhead(
+            loader, num_loaders=num_loaders, prefetch=prefetch, horizon=horizon, timeout_s=loader_timeout_s
+        )
+        self.load_state_dict({"cursor": cursor})
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def _submit(self) -> None:
-        rows = orders.global_batch(self._order, cursor=self._next_cursor, size=self._batch_size)
-        mine = slice(self._slice.start, self._slice.stop)
-        ids_B, epochs_B = np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
-        self._pending.append(_PendingBatch(self._loader, self._pool, ids_B, epochs_B, num_tasks=self._num_tasks))
-        self._next_cursor += self._batch_size
-        epoch = self._next_cursor // self._order.num_samples
-        if self._pool is not None and epoch > self._ordered_epoch:
-            self._ordered_epoch = epoch
-            self._pool.submit(self._order.epoch, epoch + 1)
+    def _plan(self, cursor: int) -> Iterator[tuple[Ids, Ids]]:
+        """Sample ids and epochs of this rank's batches from a position on; the next epoch is ordered in the background."""
+        mine, ordered = slice(self._slice.start, self._slice.stop), -1
+        while True:
+            rows = orders.global_batch(self._order, cursor=cursor, size=self._batch_size)
+            cursor += self._batch_size
+            if self._ahead.threads is not None and cursor // self._order.num_samples > ordered:
+                ordered = cursor // self._order.num_samples
+                self._ahead.threads.submit(self._order.epoch, ordered + 1)
+            yield np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
 
     def __next__(self) -> Batch:
-        while len(self._pending) < self._depth:
-            self._submit()
         try:
-            batch, replaced = self._pending[0].finish(padded=self._slice.padded, cursor_after=self._cursor + self._batch_size)
+            delivered = self._ahead.next(padded=self._slice.padded, cursor_after=self._cursor + self._batch_size)
         except BaseException:
             self.load_state_dict(self.state_dict())  # the next call tries this batch again, not the one after it
             raise
-        self._pending.popleft()
+        assert delivered is not None, "the order has no end"
+        batch, replaced = delivered
         self._cursor += self._batch_size
         self._delivered += self._slice.stop - self._slice.start
         if replaced:
@@ -180,21 +266,12 @@ class Reader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position; batches that were read ahead are thrown away."""
-        self._discard()
-        self._cursor = self._next_cursor = int(state["cursor"])
-        self._ordered_epoch = -1
-
-    def _discard(self) -> None:
-        for pending in self._pending:
-            pending.cancel()
-        self._pending.clear()
+        self._cursor = int(state["cursor"])
+        self._ahead.start(self._plan(self._cursor))
 
     def close(self) -> None:
-        """Stop the threads and close the shards; the reader is of no use afterwards."""
-        self._discard()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._loader.close()
+        """Stop the threads and close the shards; the reader is of no use afterwards. A stuck thread is left behind."""
+        self._ahead.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,6 +300,9 @@ def open_reader(
     on_error: Literal["replace", "raise"] = "replace",
     max_replaced_fraction: float = 0.001,
     prefetch: int = 4,
+    loader_timeout_s: float = DEFAULT_LOADER_TIMEOUT_S,
+    cache_dir: str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Reader:
     """Open a folder of shards for training.
 
@@ -245,6 +325,9 @@ def open_reader(
         on_error: What to do with a sample that cannot be read.
         max_replaced_fraction: Raise once more than this share (and more than 8) had to be replaced; 0 allows none.
         prefetch: Batches read ahead.
+        loader_timeout_s: Longest wait for a batch, seconds; not bounded with 0 threads, where the store's own limits hold.
+        cache_dir: Folder on this machine's disk for whole shards of a remote URL; None reads them by range.
+        cache_bytes: Bytes of that folder, over all processes that share it.
 
     Raises:
         ConfigError: For a missing index, more ranks than samples in a batch, or a value out of range.
@@ -260,7 +343,7 @@ def open_reader(
     index = load_index(url)
     transform = Transform(image_size, augment, crop_scale, flip, noise_size, seed, max_pixels)
     return Reader(
-        SampleLoader(index, transform, replace=on_error == "replace"),
+        SampleLoader(index, transform, replace=on_error == "replace", cache=_open_cache(cache_dir, cache_bytes)),
         orders.SampleOrder(index.shard_sizes, seed=seed, lanes=lanes, window=window),
         batch_size=global_batch,
         rank=rank,
@@ -269,7 +352,12 @@ def open_reader(
         num_loaders=num_loaders,
         prefetch=prefetch,
         max_replaced_fraction=max_replaced_fraction,
+        loader_timeout_s=loader_timeout_s,
     )
+
+
+def _open_cache(cache_dir: str | None, cache_bytes: int) -> ShardCache | None:
+    return ShardCache(cache_dir, max_bytes=cache_bytes) if cache_dir else None
 
 
 def read_all(
@@ -283,6 +371,9 @@ def read_all(
     seed: int = 0,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     prefetch: int = 4,
+    loader_timeout_s: float = DEFAULT_LOADER_TIMEOUT_S,
+    cache_dir: str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Iterator[Batch]:
     """Read samples once in index order, resized and cut centrally, for evaluation; the last batch may be shorter.
 
@@ -299,28 +390,26 @@ def read_all(
         seed: Seed of the noise.
         max_pixels: Larger images are refused from their header.
         prefetch: Batches read ahead.
+        loader_timeout_s: As in `open_reader`.
+        cache_dir: As in `open_reader`.
+        cache_bytes: As in `open_reader`.
     """
     index = load_index(url)
     ids = np.arange(index.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
-    loader = SampleLoader(index, Transform(image_size, noise_size=noise_size, seed=seed, max_pixels=max_pixels), replace=False)
-    pool = ThreadPoolExecutor(num_loaders, thread_name_prefix="crate-ray-loader") if num_loaders else None
-    pending: deque[_PendingBatch] = deque()
-    starts = deque(range(0, len(ids), batch_size))
+    transform = Transform(image_size, noise_size=noise_size, seed=seed, max_pixels=max_pixels)
+    loader = SampleLoader(index, transform, replace=False, cache=_open_cache(cache_dir, cache_bytes))
+    batches = (ids[start : start + batch_size] for start in range(0, len(ids), batch_size))
+    ahead = _ReadAhead(
+        loader, num_loaders=num_loaders, prefetch=prefetch, horizon=_EVALUATION_HORIZON, timeout_s=loader_timeout_s
+    )
+    ahead.start((ids_B, np.zeros_like(ids_B)) for ids_B in batches)
     done = 0
     try:
-        while starts or pending:
-            while starts and len(pending) < (prefetch if pool else 1):
-                ids_B = ids[starts[0] : starts.popleft() + batch_size]
-                pending.append(_PendingBatch(loader, pool, ids_B, np.zeros_like(ids_B), num_tasks=max(1, num_loaders)))
-            num_rows = min(batch_size, len(ids) - done)
-            done += num_rows
-            yield pending.popleft().finish(padded=num_rows, cursor_after=done)[0]
+        while (delivered := ahead.next(padded=None, cursor_after=min(done + batch_size, len(ids)))) is not None:
+            done += batch_size
+            yield delivered[0]
     finally:
-        for batch in pending:
-            batch.cancel()
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
-        loader.close()
+        ahead.close()
 
 
 def read_masks(url: str, sample_ids: Sequence[int] | Ids, *, image_size: int) -> torch.Tensor:

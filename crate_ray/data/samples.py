@@ -1,15 +1,17 @@
 """One sample: its bytes from the shard, checked, decoded, transformed and put into a row of a batch.
 
 In: sample ids and epochs. Out: rows of preallocated arrays. Local shards are memory maps, of which a bounded number is
-kept; remote ones are read by range, one request an image. Every read is compared with the hash in the index, which costs
-microseconds and finds the flipped bits that image decoders let pass. Crop, flip and noise depend on (seed, epoch, sample).
+kept; remote ones are mapped from the cache, or read by range, one request an image. Every read is compared with the hash in
+the index, which costs microseconds and finds the flipped bits that image decoders let pass. Crop, flip and noise depend on
+(seed, epoch, sample). A sample that is damaged may be replaced; a store that fails is an error that names the sample.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
+from crate_ray.data.cache import CacheClosedError, ShardCache
 from crate_ray.data.images import (
     DEFAULT_MAX_PIXELS,
     Augmentation,
@@ -34,6 +37,9 @@ from crate_ray.data.streams import Purpose, stream
 logger = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 256
+_PREFETCH_THREADS = 2
+_ROOM_POLL_S = 1.0
+_CLOSE_S = 5.0
 _MAX_NEIGHBOURS = 16
 
 
@@ -69,26 +75,26 @@ class Buffers(NamedTuple):
     sample_ids_B: Ids
 
 
-class _LocalShard:
-    """A shard on local disk, mapped into memory; the map lives until the last slice of it is gone."""
+class _MappedShard:
+    """A shard mapped into memory; the map lives until the last slice of it is gone."""
 
-    def __init__(self, uri: str) -> None:
-        self._data = read_shard(uri)
-        self.size = len(self._data)
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+        self.size = len(data)
 
     def read(self, offset: int, size: int) -> Buffer:
         return self._data[offset : offset + size]
 
 
 class _RemoteShard:
-    """A shard in an object store, read by range; closed when the last reference is gone."""
+    """A shard in a remote store, read by range."""
 
     def __init__(self, uri: str) -> None:
-        self._file = storage.open_input(uri)
-        self.size = int(self._file.size())
+        self._file = storage.RemoteFile(uri)
+        self.size = self._file.size
 
     def read(self, offset: int, size: int) -> Buffer:
-        return bytes(self._file.read_at(size, offset))
+        return self._file.read_at(size, offset)
 
 
 def _find_hash() -> Callable[[Buffer], int] | None:
@@ -108,16 +114,22 @@ class SampleLoader:
         index: The shards.
         transform: What is done to an image.
         replace: Put the next readable sample of the index in the place of an unreadable one, instead of raising.
+        cache: Where remote shards are kept; None reads them by range. Closed with the loader.
     """
 
-    def __init__(self, index: ShardIndex, transform: Transform, *, replace: bool) -> None:
+    def __init__(self, index: ShardIndex, transform: Transform, *, replace: bool, cache: ShardCache | None = None) -> None:
         self.index, self.transform, self.replace = index, transform, replace
         self._offsets, self._sizes = index.column("offset"), index.column("size")
         self._hashes, self._labels, self._shard_of = index.column("xxh3"), index.labels, index.shard_of
-        self._shard_bytes = index.shards["bytes"].to_numpy()
-        self._open: OrderedDict[int, _LocalShard | _RemoteShard] = OrderedDict()
-        self._lock = Lock()
+        self._shard_bytes, self._checksums = index.shards["bytes"].to_numpy(), index.shards["checksum"].to_pylist()
+        self._open: OrderedDict[int, _MappedShard | _RemoteShard] = OrderedDict()
+        self._lock = threading.Lock()
         self._hash = _find_hash()
+        self._busy: dict[str, tuple[int, float]] = {}
+        self._cache = cache
+        self._prefetcher = _Prefetcher(self._prefetch) if cache else None
+        self._needed: Counter[int] = Counter()
+        self._warned = False
 
     def allocate(self, num_rows: int) -> Buffers:
         """Empty rows."""
@@ -131,24 +143,102 @@ class SampleLoader:
 
     def close(self) -> None:
         """Let go of the open shards."""
+        if self._cache is not None and self._prefetcher is not None:
+            self._cache.close()
+            self._prefetcher.close()
         with self._lock:
             self._open.clear()
 
-    def _shard(self, number: int) -> _LocalShard | _RemoteShard:
+    @property
+    def is_caching(self) -> bool:
+        """Whether it pays to say early which samples will be read."""
+        return self._cache is not None
+
+    def expect(self, ids_B: Ids) -> None:
+        """Announce samples: their shards are fetched in this order, and kept until `done` is called for the same samples."""
+        if self._prefetcher is None:
+            return
+        shards = list(dict.fromkeys(self._shard_of[ids_B].tolist()))
+        with self._lock:
+            fresh = [shard for shard in shards if not self._needed[shard]]
+            self._needed.update(shards)
+        self._prefetcher.add(fresh)
+
+    def done(self, ids_B: Ids) -> None:
+        """Take back an announcement; shards that no other one names are let go, so that any process may evict them."""
+        if self._prefetcher is None:
+            return
+        with self._lock:
+            for shard in set(self._shard_of[ids_B].tolist()):
+                self._needed[shard] -= 1
+                if self._needed[shard] <= 0:
+                    del self._needed[shard]
+                    self._open.pop(shard, None)
+        self._prefetcher.add([])
+
+    def busy(self) -> list[str]:
+        """What each thread is doing, the longest first, for messages."""
+        now = time.monotonic()
+        doing = sorted((started, name, sample_id) for name, (sample_id, started) in list(self._busy.items()))
+        return [f"{name} has been on {self.index.locate(item)} for {now - started:.1f} s" for started, name, item in doing]
+
+    def _prefetch(self, number: int) -> bool:
+        """Cache a shard that is still needed; False where it does not fit yet. A fault is left to the read that meets it."""
+        with self._lock:
+            if number in self._open or not self._needed[number]:
+                return True
+        try:
+            shard = self._cached(number)
+        except (OSError, ConfigError, CacheClosedError) as error:
+            logger.debug("prefetch: %s", error)
+            return True
+        with self._lock:
+            if shard is not None and self._needed[number]:
+                self._open.setdefault(number, shard)
+        return shard is not None
+
+    def _cached(self, number: int) -> _MappedShard | None:
+        """A shard from the cache, for which shards that nobody needs are let go; None where it does not fit."""
+        assert self._cache is not None
+        uri, size = self.index.shard_uris[number], int(self._shard_bytes[number])
+        while (data := self._cache.open(uri, num_bytes=size, checksum=self._checksums[number])) is None:
+            with self._lock:
+                idle = next((shard for shard in self._open if not self._needed[shard] and shard != number), None)
+                if idle is None:
+                    return None
+                del self._open[idle]
+        return _MappedShard(data)
+
+    def _open_shard(self, number: int) -> _MappedShard | _RemoteShard:
+        uri = self.index.shard_uris[number]
+        if storage.is_local(uri):
+            return _MappedShard(read_shard(uri))
+        if self._cache is None:
+            return _RemoteShard(uri)
+        if (shard := self._cached(number)) is not None:
+            return shard
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "data.cache_bytes=%d is too small for the shards that are read at the same time; those that do not fit, %s "
+                "first, are read by range",
+                self._cache.max_bytes,
+                uri,
+            )
+        return _RemoteShard(uri)
+
+    def _shard(self, number: int) -> _MappedShard | _RemoteShard:
         """An open shard, of the size that the index states."""
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
-        uri = storage.join(self.index.url, self.index.shard_names[number])
-        try:
-            shard = _LocalShard(uri) if storage.is_local(uri) else _RemoteShard(uri)
-        except FileNotFoundError:
-            raise ConfigError(f"shard {uri} is in the index but not there; copy it back or index the folder again") from None
+        shard = self._open_shard(number)
         expected = int(self._shard_bytes[number])
         if shard.size != expected:
             raise ConfigError(
-                f"shard {uri} has {shard.size} bytes, its index says {expected}; copy it or index the folder again"
+                f"shard {self.index.shard_uris[number]} has {shard.size} bytes, its index says {expected}; copy it or index "
+                "the folder again"
             )
         with self._lock:
             shard = self._open.setdefault(number, shard)
@@ -156,15 +246,27 @@ class SampleLoader:
                 self._open.popitem(last=False)
         return shard
 
+    def _read(self, sample_id: int, offset: int, size: int) -> Buffer:
+        """Bytes of the shard of a sample; every fault of its store names the sample."""
+        number = int(self._shard_of[sample_id])
+        try:
+            return self._shard(number).read(offset, size)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"shard {self.index.shard_uris[number]} is in the index but not there; copy it back or index the folder again"
+            ) from None
+        except OSError as error:
+            raise storage.StorageError(f"{self.index.locate(sample_id)}: {error}") from error
+
     def read(self, sample_id: int) -> Buffer:
         """The encoded image of a sample.
 
         Raises:
             ImageError: When its bytes are not those that were indexed.
             ConfigError: When its shard is missing or of another size.
+            StorageError: When its store refuses, or fails until the deadline.
         """
-        shard = self._shard(int(self._shard_of[sample_id]))
-        data = shard.read(int(self._offsets[sample_id]), int(self._sizes[sample_id]))
+        data = self._read(sample_id, int(self._offsets[sample_id]), int(self._sizes[sample_id]))
         if self._hash is not None and self._hash(data) != int(self._hashes[sample_id]):
             raise ImageError("its bytes do not have the hash in the index (damaged since it was indexed)")
         return data
@@ -180,7 +282,7 @@ class SampleLoader:
             raise ConfigError(
                 f"{self.index.locate(sample_id)} has no mask (member mask.png); masks are stored by the source shapes:N"
             )
-        data = self._shard(int(self._shard_of[sample_id])).read(row["mask_offset"], row["mask_size"])
+        data = self._read(sample_id, row["mask_offset"], row["mask_size"])
         try:
             decoded = decode(data, max_pixels=self.transform.max_pixels)
         except ImageError as error:
@@ -208,14 +310,59 @@ class SampleLoader:
 
     def fill(self, buffers: Buffers, rows: slice, ids_B: Ids, epochs_B: Ids) -> int:
         """Fill some rows of a batch with the samples planned for them; return how many are neighbours instead."""
-        replaced, seed = 0, self.transform.seed
-        for row in range(rows.start, rows.stop):
-            sample_id, epoch = int(ids_B[row]), int(epochs_B[row])
-            image, found = self._image_or_neighbour(sample_id, epoch=epoch)
-            buffers.images_BCHW[row] = image.numpy()
-            buffers.labels_B[row], buffers.sample_ids_B[row] = self._labels[found], found
-            if buffers.noise_BN is not None:
-                noise_size = self.transform.noise_size
-                buffers.noise_BN[row] = mask_noise(noise_size, seed=seed, epoch=epoch, sample_id=sample_id)
-            replaced += found != sample_id
-        return replaced
+        thread = threading.current_thread().name
+        try:
+            return sum(self._fill_row(buffers, row, ids_B, epochs_B, thread) for row in range(rows.start, rows.stop))
+        finally:
+            self._busy.pop(thread, None)
+
+    def _fill_row(self, buffers: Buffers, row: int, ids_B: Ids, epochs_B: Ids, thread: str) -> bool:
+        sample_id, epoch = int(ids_B[row]), int(epochs_B[row])
+        self._busy[thread] = sample_id, time.monotonic()
+        image, found = self._image_or_neighbour(sample_id, epoch=epoch)
+        buffers.images_BCHW[row] = image.numpy()
+        buffers.labels_B[row], buffers.sample_ids_B[row] = self._labels[found], found
+        if buffers.noise_BN is not None:
+            noise_size, seed = self.transform.noise_size, self.transform.seed
+            buffers.noise_BN[row] = mask_noise(noise_size, seed=seed, epoch=epoch, sample_id=sample_id)
+        return found != sample_id
+
+
+class _Prefetcher:
+    """Threads that fetch shards in the order in which they will be needed; one that does not fit waits for room."""
+
+    def __init__(self, fetch: Callable[[int], bool]) -> None:
+        self._fetch = fetch
+        self._queue: deque[int] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"crate-ray-prefetch-{i}", daemon=True) for i in range(_PREFETCH_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, shards: Iterable[int]) -> None:
+        with self._changed:
+            self._queue.extend(shards)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                number = self._queue.popleft()
+            if not self._fetch(number):
+                with self._changed:
+                    self._queue.appendleft(number)
+                    self._changed.wait(_ROOM_POLL_S)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

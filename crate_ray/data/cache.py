@@ -1,0 +1,210 @@
+"""Whole shards of remote stores on this machine's disk, shared by all processes on it.
+
+In: the URI of a shard, its size and checksum from the index. Out: a memory map of the verified file, or None where it does
+not fit. A file is named after the URI and the version (etag or time) that the store states, so a changed shard is never
+mistaken for the old one. It is written as `NAME.part` and renamed when its size and checksum are right.
+
+Three kernel locks (flock) order the processes, and the kernel drops them with their owner, so that a killed one blocks
+nobody: the writer of a part file holds it exclusively while others wait; a reader holds its file shared for as long as its
+map lives, so that it is not evicted; eviction and the reservation of room hold `.lock` for a moment.
+The trade-off: `max_bytes` is a promise about the disk, so a shard that does not fit beside those in use is not cached at all;
+its reader turns to ranged reads, which are right and slower.
+"""
+
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crate_ray import storage
+from crate_ray.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_FIRST_POLL_S = 0.01
+_LONGEST_POLL_S = 0.5
+_DOWNLOAD_TRIES = 3
+
+
+class CacheClosedError(RuntimeError):
+    """The reader was closed while one of its threads waited for a shard."""
+
+
+class ShardCache:
+    """A folder of shards, bounded in bytes; the least recently opened leave first.
+
+    Args:
+        folder: On the machine's own disk. Created; may be shared by any number of processes and runs.
+        max_bytes: Bytes that finished and unfinished shards take together.
+
+    Raises:
+        ConfigError: The folder is remote or cannot be made.
+    """
+
+    def __init__(self, folder: str, *, max_bytes: int) -> None:
+        if not storage.is_local(folder):
+            raise ConfigError(f"data.cache_dir={folder} is not on this machine; give a folder on a local disk")
+        self.folder, self.max_bytes = storage.local_path(folder), max_bytes
+        self._closing = threading.Event()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir={folder} cannot be made: {error}; give a folder that can be written") from None
+
+    def close(self) -> None:
+        """Makes waiting and downloading threads of this process give up; maps stay valid."""
+        self._closing.set()
+
+    def open(self, uri: str, *, num_bytes: int, checksum: str) -> memoryview | None:
+        """Maps a shard, downloading it first if no process has; None when there is no room for it.
+
+        Args:
+            uri: Of a remote shard.
+            num_bytes: Its size in the index.
+            checksum: Its XXH3-128 in the index.
+
+        Raises:
+            FileNotFoundError: No such shard.
+            ConfigError: The shard is not the one that was indexed, or the disk is full.
+            StorageError: The store refuses, or fails until the deadline.
+        """
+        remote = storage.RemoteFile(uri)
+        if remote.size != num_bytes:
+            raise ConfigError(_changed(uri, f"it has {remote.size} bytes, its index says {num_bytes}"))
+        name = hashlib.sha256(f"{uri}\n{remote.version}\n{remote.size}".encode()).hexdigest()[:40]
+        path, part = self.folder / f"{name}.tar", self.folder / f"{name}.part"
+        poll_s = _FIRST_POLL_S
+        while not self._closing.is_set():
+            if (mapped := _map(path, num_bytes)) is not None:
+                return mapped
+            with _locked(part, fcntl.LOCK_EX, create=True) as descriptor:
+                if descriptor is not None and not path.exists():
+                    if not self._reserve(descriptor, part, num_bytes):
+                        part.unlink()
+                        return None
+                    self._download(remote, descriptor, part, checksum)
+                    part.replace(path)
+                    continue
+                if descriptor is not None:  # another process has finished it since the look above
+                    part.unlink()
+                    continue
+            time.sleep(poll_s)
+            poll_s = min(2 * poll_s, _LONGEST_POLL_S)
+        raise CacheClosedError(uri)
+
+    def _reserve(self, descriptor: int, part: Path, num_bytes: int) -> bool:
+        """Makes room by evicting what no one reads; the part file's length, set here, counts from now on."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            entries = sorted(
+                (_stat(path), path) for path in self.folder.iterdir() if path.suffix in {".tar", ".part"} and path != part
+            )
+            used = sum(num for (_, num), _ in entries)
+            for (_, num), path in entries:
+                abandoned = path.suffix == ".part"
+                if (abandoned or used + num_bytes > self.max_bytes) and _remove_unused(path):
+                    used -= num
+            if used + num_bytes > self.max_bytes:
+                return False
+            os.ftruncate(descriptor, num_bytes)
+            return True
+
+    def _download(self, remote: storage.RemoteFile, descriptor: int, part: Path, checksum: str) -> None:
+        """Fills the part file and verifies it; removes it when that fails."""
+        started = time.monotonic()
+        try:
+            for _ in range(_DOWNLOAD_TRIES):
+                found = self._write(remote, descriptor)
+                if found in {checksum, None}:
+                    os.fsync(descriptor)
+                    logger.info("cached %s, %d bytes in %.1f s", remote.uri, remote.size, time.monotonic() - started)
+                    return
+                logger.warning("%s arrived with checksum %s, indexed %s; again", remote.uri, found, checksum)
+            raise ConfigError(_changed(remote.uri, f"its checksum is {found}, its index says {checksum}"))
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+                raise ConfigError(
+                    f"data.cache_dir={self.folder} cannot hold {remote.uri} ({error}); free the disk or lower data.cache_bytes"
+                ) from error
+            raise
+
+    def _write(self, remote: storage.RemoteFile, descriptor: int) -> str | None:
+        """Writes the whole shard and returns its checksum; None without the package that computes it."""
+        try:
+            from xxhash import xxh3_128
+
+            hasher = xxh3_128()
+        except ImportError:
+            hasher = None
+        offset = 0
+        for chunk in remote.chunks():
+            if self._closing.is_set():
+                raise CacheClosedError(remote.uri)
+            os.pwrite(descriptor, chunk, offset)
+            offset += len(chunk)
+            if hasher is not None:
+                hasher.update(chunk)
+        return None if hasher is None else str(hasher.hexdigest())
+
+
+def _changed(uri: str, how: str) -> str:
+    return f"shard {uri} has changed since it was indexed: {how}; restore it or index the folder again"
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Time of the last use and bytes; nothing where the file has just gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@contextmanager
+def _locked(path: Path, mode: int, *, create: bool = False) -> Iterator[int | None]:
+    """A descriptor of the file at a path, locked; None while another holds it, or where it is gone or was replaced."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield descriptor if _lock(descriptor, path, mode) else None
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, mode: int) -> bool:
+    try:
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())  # not one that was renamed or removed meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _remove_unused(path: Path) -> bool:
+    """Removes a file that no one has locked."""
+    with _locked(path, fcntl.LOCK_EX) as descriptor:
+        if descriptor is None:
+            return False
+        path.unlink()
+        return True
+
+
+def _map(path: Path, num_bytes: int) -> memoryview | None:
+    """Maps a finished shard and marks it as used; the map's own descriptor keeps the shared lock until it is gone."""
+    with _locked(path, fcntl.LOCK_SH) as descriptor:
+        if descriptor is None:
+            return None
+        if os.fstat(descriptor).st_size == num_bytes:
+            os.utime(descriptor)
+            return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+    _remove_unused(path)
+    return None
