@@ -5,6 +5,7 @@ draws the plain grids of `evaluation.pictures`. Trained is a filled marker on a 
 dashed line, as in the comparison's figures; colours are Okabe and Ito's, apart for every common form of colour blindness.
 """
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ def colour_maps(weights_BN: Tensor, side: int) -> Tensor:
     Enlarged by the nearest patch, so that nothing finer than a patch appears; matplotlib's viridis, which is even in
     lightness: it reads in grey, and for every common form of colour blindness.
     """
-    viridis = torch.tensor(_matplotlib().colormaps["viridis"].colors)  # type: ignore[attr-defined]
+    from matplotlib import colormaps
+
+    viridis = torch.from_numpy(colormaps["viridis"](range(256))[:, :3])
     low_B1, high_B1 = weights_BN.amin(dim=1, keepdim=True), weights_BN.amax(dim=1, keepdim=True)
     scaled_BN = (weights_BN - low_B1) / (high_B1 - low_B1).clamp(min=1e-12)
     colours_BN3 = viridis[(scaled_BN * (len(viridis) - 1)).round().long()]
@@ -163,7 +166,6 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def _new_figure(width: float, height: float, **options: Any) -> "Figure":
-    _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,12 +174,14 @@ def _new_figure(width: float, height: float, **options: Any) -> "Figure":
     return figure
 
 
-def _matplotlib() -> object:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ConfigError("pictures with labels need matplotlib, which is not installed; pip install matplotlib") from None
-    return matplotlib
+def require_matplotlib() -> None:
+    """Refuses at once what would fail after minutes of work.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures with labels need matplotlib, which is not installed; pip install matplotlib")
 
 
 def _png(figure: "Figure") -> bytes:

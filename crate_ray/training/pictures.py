@@ -31,6 +31,7 @@ from crate_ray.evaluation.figures import (
     enlarge_patches,
     label_grid,
     plot_layers,
+    require_matplotlib,
 )
 from crate_ray.evaluation.pictures import reconstruct, to_pixels
 from crate_ray.evaluation.whitebox import LayerMeasures, measure_layers
@@ -135,8 +136,9 @@ def draw_pictures(folder: RunFolder) -> Pictures:
         What was made, and why the rest was not.
 
     Raises:
-        ConfigError: The run is not finished, or has no validation images.
+        ConfigError: The run is not finished or has no validation images, or matplotlib is not installed.
     """
+    require_matplotlib()
     config = folder.read_config()
     subject = _Subject.load(folder, config, finished_checkpoint(folder))
     made = Pictures()
