@@ -46,6 +46,19 @@ class DataConfig(Frozen):
         """Whether images are mixed in pairs."""
         return self.mixup_alpha is not None or self.cutmix_alpha is not None
 
+    loader_timeout_s: float = Field(300.0, gt=0, description="longest wait for a batch; then the late thread is named")
+    cache_dir: str | None = Field(
+        None, description="absolute folder on each node's own disk that keeps whole remote shards; null reads them by range"
+    )
+    cache_bytes: int = Field(64 << 30, ge=1, description="bytes of cache_dir, over all workers of a node; the oldest leave")
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("/", "~")):
+            raise ValueError("cache_dir is a folder on the disk of every node, so its path is absolute: /scratch/crate-ray")
+        return value
+
     @field_validator("crop_scale")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:

@@ -144,8 +144,9 @@ class Lease:
         now = time.time()
         self.status = Status("RUNNING", self.status.attempt, self.status.started, now)
         try:
-            self._folder.write_json("lease.json", self._body(now))
-            write_status(self._folder, self.status)
+            with storage.retry_deadline(HEARTBEAT_SECONDS):  # a beat that is written late would vouch for what is past
+                self._folder.write_json("lease.json", self._body(now))
+                write_status(self._folder, self.status)
         except OSError as error:
             # A store that refuses for a moment must not end a run; the lease lasts four beats.
             log.warning("no heartbeat in %s: %s", self._folder.uri, error)
@@ -164,7 +165,8 @@ class Lease:
 
     def _check_held(self) -> None:
         try:
-            held = self._folder.read_json("lease.json")
+            with storage.retry_deadline(HEARTBEAT_SECONDS):
+                held = self._folder.read_json("lease.json")
         except OSError as error:
             log.warning("cannot read the lease in %s: %s", self._folder.uri, error)
             return

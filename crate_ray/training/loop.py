@@ -175,6 +175,9 @@ class Trainer:
             max_pixels=data.max_pixels,
             on_error=data.on_error,
             max_replaced_fraction=data.max_replaced_fraction,
+            loader_timeout_s=data.loader_timeout_s,
+            cache_dir=data.cache_dir,
+            cache_bytes=data.cache_bytes,
         )
 
     def run(self) -> LoopResult:

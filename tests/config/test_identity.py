@@ -18,6 +18,9 @@ FREE = {
     "data.max_pixels",
     "data.on_error",
     "data.max_replaced_fraction",
+    "data.loader_timeout_s",
+    "data.cache_dir",
+    "data.cache_bytes",
     "train.micro_batch",
     "train.init_from",  # train.init_digest says what it held
 }
@@ -47,6 +50,7 @@ def identity(*overrides: str) -> str:
         "data.num_loaders=0",
         "data.train=/elsewhere/train",
         "data.on_error=raise",
+        "data.cache_dir=/scratch/shards",
         "train.micro_batch=2",
     ],
 )
@@ -83,7 +87,13 @@ def test_what_decides_the_numbers_changes_the_identity(override: str) -> None:
 
 
 def test_every_key_is_either_identity_or_known_to_be_free() -> None:
-    given = ["name=given", "train.micro_batch=8", "train.init_from=weights.pth", f"train.init_digest={HELD}"]
+    given = [
+        "name=given",
+        "train.micro_batch=8",
+        "data.cache_dir=/x",
+        "train.init_from=weights.pth",
+        f"train.init_digest={HELD}",
+    ]
     config = RunConfig.load("digits_crate_mae", given)  # keys that are null are left out
     keys = {key for key in flatten(config.model_dump(mode="json")) if key.split(".")[0] not in FREE_SECTIONS}
     assert keys - resume_parts(config, DATA).keys() == FREE
