@@ -18,7 +18,7 @@ from crate_ray.config import SCHEMA_VERSION, ConfigError, DataConfig, ModelConfi
 
 if TYPE_CHECKING:
     from crate_ray.models.weight_files import WeightsFile
-    from crate_ray.training.identify import Identification
+    from crate_ray.training.identify import Fit, Identification
 
 _SECTIONS = ("model", "data")
 _ISTA_HINT = (
@@ -199,13 +199,11 @@ def _write_findings(found: "Identification", body: dict[str, Any], out: str) -> 
 
 
 def _print_findings(found: "Identification", sentence: str) -> None:
-    units = {False: "target: pixels, normalised by mean and std", True: "target: pixels normalised by patch (norm_pix_loss)"}
-    for norm_pix_loss, title in units.items():
-        fits = [fit for fit in found.fits if fit.norm_pix_loss == norm_pix_loss]
-        rows = [
-            [f"{fit.ista_lambda:g}", f"{fit.ista_step_size:g}", f"{fit.loss:.4f}", f"{fit.relative_loss:.4f}"] for fit in fits
-        ]
-        print_table(("lambda", "step size", "loss", "/ mean target"), rows, title=title)
+    targets = {False: "target: pixels", True: "target: pixels normalised by patch (norm_pix_loss)"}
+    header = ("lambda", "step size", "loss", "/ mean target", "behind the best (95%)")
+    for norm_pix_loss, title in targets.items():
+        console.print(title, style="bold")
+        print_table(header, [_fit_cells(fit) for fit in found.fits if fit.norm_pix_loss == norm_pix_loss])
         console.print()
     best = found.best
     console.print(
@@ -220,4 +218,12 @@ def _print_findings(found: "Identification", sentence: str) -> None:
     keys = {"ista_lambda": f"{best.ista_lambda:g}", "ista_step_size": f"{best.ista_step_size:g}"}
     keys["norm_pix_loss"] = str(best.norm_pix_loss).lower()
     console.print(f"best fit: {' '.join(f'--set model.{key}={value}' for key, value in keys.items())}", soft_wrap=True)
+    equals = [fit.name for fit in found.fits[1:] if fit.is_as_good]
+    if equals:
+        console.print(f"as good on these images: {', '.join(equals)}", soft_wrap=True)
     console.print(sentence, soft_wrap=True)
+
+
+def _fit_cells(fit: "Fit") -> list[str]:
+    behind = f"{fit.behind:.2g} ± {fit.behind_margin:.2g}" if fit.behind else "best"
+    return [f"{fit.ista_lambda:g}", f"{fit.ista_step_size:g}", f"{fit.loss:.4f}", f"{fit.relative_loss:.4f}", behind]

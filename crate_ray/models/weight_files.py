@@ -25,6 +25,17 @@ from crate_ray.models.layouts import Architecture, Layout, infer_architecture, r
 SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRAPPINGS = ("model", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+_OF_DAMAGED_PICKLES = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+"""What torch.load was seen to raise for files cut short and with flipped bytes."""
 _STATE_DICT_ALONE = "save its state dict alone, in .safetensors or with torch.save, where you trust the file"
 
 
@@ -101,7 +112,7 @@ def _read_pickle(data: bytes, where: str) -> Mapping[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of archives that are then refused
             contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except _OF_DAMAGED_PICKLES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{where} hold more than tensors, or are damaged ({reason}); {_STATE_DICT_ALONE}") from None
     if not isinstance(contents, Mapping):

@@ -9,7 +9,7 @@ The losses of pixels and of patch-normalised pixels are in different units. Each
 predicting the mean target, one value for each pixel of a patch, over the same hidden patches: below 1 the weights know more
 than that mean, and settings of both units can be ranked together.
 
-Shapes: B batch, C channels, H height, W width, N patches, Q pixel values of a patch.
+Shapes: B batch, C channels, H height, W width, N patches, M hidden patches, Q pixel values of a patch.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from crate_ray.config import ConfigError, DataConfig, ModelConfig
 from crate_ray.data import load_index, read_all
 from crate_ray.evaluation.pictures import encode_png, reconstruct, reconstruction_grid, to_pixels
 from crate_ray.models import MaskedAutoencoder, create_model, load_weights
-from crate_ray.models.patches import normalise_patches, patchify
+from crate_ray.models.patches import draw_masking, normalise_patches, patchify, take_tokens
 from crate_ray.training.evaluate import spread_ids
 from crate_ray.training.objective import Normalise
 from crate_ray.training.precision import choose_device
@@ -34,6 +34,9 @@ STEP_SIZES = (0.1, 1.0)
 DEFAULT_IMAGES = 256
 NUM_PICTURED = 4
 SENTENCE = "The best fit is consistent with, not proof of, the training setting."
+
+Setting = tuple[float, float]
+"""Lambda and step size."""
 
 _BATCH = 64
 _MEAN: tuple[float, float, float] = DataConfig.model_fields["mean"].default
@@ -51,6 +54,15 @@ class Fit:
     """Mean squared error on hidden patches, in the units of its target."""
     relative_loss: float
     """The loss over that of predicting the mean target."""
+    behind: float
+    """Relative loss above that of the best setting, mean over images."""
+    behind_margin: float
+    """Half of the 95% interval of `behind`, from its differences image by image; images count as independent."""
+
+    @property
+    def is_as_good(self) -> bool:
+        """Whether these images cannot tell it from the best one."""
+        return self.behind <= self.behind_margin
 
     @property
     def name(self) -> str:
@@ -77,20 +89,20 @@ class Identification:
 
 @dataclass
 class _Sums:
-    """Sums over hidden patches of one target, in float64, and the squared errors of each setting."""
+    """Sums over hidden patches of one target, in float64, and the loss of each image under each setting."""
 
     count: int = 0
     target_Q: Tensor | float = 0.0
     squared_Q: Tensor | float = 0.0
-    errors: dict[tuple[float, float], float] = field(default_factory=dict)
+    losses: dict[Setting, list[Tensor]] = field(default_factory=dict)
 
-    def add_target(self, target_KQ: Tensor) -> None:
-        self.count += len(target_KQ)
-        self.target_Q = self.target_Q + target_KQ.double().sum(0)
-        self.squared_Q = self.squared_Q + target_KQ.double().square().sum(0)
+    def add_target(self, target_BMQ: Tensor) -> None:
+        self.count += target_BMQ.shape[0] * target_BMQ.shape[1]
+        self.target_Q = self.target_Q + target_BMQ.double().sum((0, 1))
+        self.squared_Q = self.squared_Q + target_BMQ.double().square().sum((0, 1))
 
-    def add_error(self, setting: tuple[float, float], error_KQ: Tensor) -> None:
-        self.errors[setting] = self.errors.get(setting, 0.0) + float(error_KQ.double().square().mean(1).sum())
+    def add_loss(self, setting: Setting, error_BMQ: Tensor) -> None:
+        self.losses.setdefault(setting, []).append(error_BMQ.double().square().mean((1, 2)).cpu())
 
     def mean_loss(self) -> float:
         """Loss of predicting the mean target: the variance, averaged over the pixels of a patch."""
@@ -140,10 +152,12 @@ def identify(
             if progress is not None:
                 progress(done, len(ids) * len(models))
     assert pictured is not None
-    scored = [(fit, model) for model in models for fit in _fits(model, sums)]
-    scored.sort(key=lambda pair: pair[0].relative_loss)
-    pictures = {fit.name: _picture(model, fit, *pictured, mean=mean, std=std) for fit, model in scored}
-    return Identification(len(ids), config.mask_ratio, tuple(fit for fit, _ in scored), pictures)
+    fits = _rank(sums)
+    by_setting = {_setting(model): model for model in models}
+    pictures = {
+        fit.name: _picture(by_setting[fit.ista_lambda, fit.ista_step_size], fit, *pictured, mean=mean, std=std) for fit in fits
+    }
+    return Identification(len(ids), config.mask_ratio, fits, pictures)
 
 
 def _models(weights: str | Mapping[str, Any], config: ModelConfig) -> list[MaskedAutoencoder]:
@@ -174,26 +188,32 @@ def _add(
 ) -> None:
     """Counts one batch under one setting; both targets from the same forward pass."""
     output = model(images_BCHW, noise_BN)
-    hidden_BN = output.mask.bool()
-    patches_BNQ = patchify(images_BCHW, model.config.patch_size)
+    masked_BM = draw_masking(noise_BN, model.config.num_kept).masked
+    pred_BMQ = take_tokens(output.pred, masked_BM)
+    patches_BMQ = take_tokens(patchify(images_BCHW, model.config.patch_size), masked_BM)
     for norm_pix_loss, its_sums in sums.items():
-        target_KQ = (normalise_patches(patches_BNQ) if norm_pix_loss else patches_BNQ)[hidden_BN]
+        target_BMQ = normalise_patches(patches_BMQ) if norm_pix_loss else patches_BMQ
         if is_first:
-            its_sums.add_target(target_KQ)
-        its_sums.add_error(_setting(model), output.pred[hidden_BN].float() - target_KQ)
+            its_sums.add_target(target_BMQ)
+        its_sums.add_loss(_setting(model), pred_BMQ - target_BMQ)
 
 
-def _setting(model: MaskedAutoencoder) -> tuple[float, float]:
+def _setting(model: MaskedAutoencoder) -> Setting:
     return model.config.per_layer("ista_lambda")[0], model.config.per_layer("ista_step_size")[0]
 
 
-def _fits(model: MaskedAutoencoder, sums: Mapping[bool, _Sums]) -> list[Fit]:
-    setting = _setting(model)
+def _rank(sums: Mapping[bool, _Sums]) -> tuple[Fit, ...]:
+    """All settings of both targets, the smallest relative loss first."""
+    losses = {(s, norm_pix): torch.cat(parts) for norm_pix, its_sums in sums.items() for s, parts in its_sums.losses.items()}
+    relative = {key: losses_B / sums[key[1]].mean_loss() for key, losses_B in losses.items()}
+    best = min(relative, key=lambda key: float(relative[key].mean()))
     fits = []
-    for norm_pix_loss, its_sums in sums.items():
-        loss = its_sums.errors[setting] / its_sums.count
-        fits.append(Fit(*setting, norm_pix_loss, loss, loss / its_sums.mean_loss()))
-    return fits
+    for key, relative_B in sorted(relative.items(), key=lambda item: float(item[1].mean())):
+        behind_B = relative_B - relative[best]
+        margin = 1.96 * float(behind_B.std()) / len(behind_B) ** 0.5
+        means = (float(losses[key].mean()), float(relative_B.mean()), float(behind_B.mean()))
+        fits.append(Fit(*key[0], key[1], *means, margin))
+    return tuple(fits)
 
 
 def _picture(
