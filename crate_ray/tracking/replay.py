@@ -32,7 +32,7 @@ MAX_BATCH = 500
 MARKER = "tracking.json"
 MAX_ARTIFACT_BYTES = 8 * 2**20
 MAX_PICTURES = 16
-_FINAL = "final/"
+_JUDGED = ("final/", "emergence/")  # measured of a finished run, and again when its judge changes
 _PICTURE_TYPES = (".png", ".jpg", ".svg", ".json")  # .json: numbers behind a figure
 
 
@@ -170,9 +170,9 @@ class RunReplay:
     def _without_repeats(self, record: Record) -> Record:
         """The record without the steps of a key that an earlier attempt had measured.
 
-        Final values are exempt: judged again, the newer one is the one to show.
+        What is measured of a finished run is exempt: judged again, the newer value is the one to show.
         """
-        values = {k: v for k, v in record.values.items() if k.startswith(_FINAL) or record.step > self._last_step.get(k, -1)}
+        values = {k: v for k, v in record.values.items() if k.startswith(_JUDGED) or record.step > self._last_step.get(k, -1)}
         self._last_step.update(dict.fromkeys(values, record.step))
         return replace(record, values=values)
 

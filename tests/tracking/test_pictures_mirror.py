@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from crate_ray import storage
-from crate_ray.runs import Lease, RunFolder
+from crate_ray.runs import Lease, RecordWriter, RunFolder
 from crate_ray.tracking import replay, sync
 from crate_ray.tracking.replay import MARKER
 
@@ -61,6 +61,20 @@ def test_pictures_made_after_a_run_was_mirrored_go_with_the_next_sync_and_only_t
     found = stored(client, experiment, tmp_path / "scratch")
     assert found.keys() == {"pictures/emergence.json", "pictures/layers.png"}
     assert found["pictures/layers.png"] == b"second"
+
+
+def test_emergence_scored_again_shows_its_newer_value(uri: str, client: Any, experiment: str, make_run: Any) -> None:
+    folder = finished(make_run)
+    key = "emergence/layer03/attention_jaccard"
+    for value in (0.25, 0.5):
+        writer = RecordWriter(folder, 1)
+        writer.write(100, {key: value})
+        writer.close()
+        for _ in range(2):
+            sync([folder], uri, experiment)
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert run.data.metrics[key] == 0.5
+    assert len(client.get_metric_history(run.info.run_id, key)) == 2
 
 
 @pytest.mark.parametrize("marker", [True, None])
