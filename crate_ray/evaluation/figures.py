@@ -145,9 +145,21 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         layers = [layer for layer, _ in defined]
         bands = [value for _, value in defined if isinstance(value, Interval)]
         middle = [value.value if isinstance(value, Interval) else value for _, value in defined]
-        face, style = (curve.colour, "-") if curve.is_trained else ("white", "--")
-        name = ", ".join(filter(None, [curve.label, "trained" if curve.is_trained else "untrained"]))
-        axes.plot(layers, middle, style, marker="o", markersize=5, color=curve.colour, markerfacecolor=face, label=name)
+        # Untrained is a ring around the trained dot where the two agree.
+        name, style, size, face, order = (
+            ("trained", "-", 4.5, curve.colour, 3) if curve.is_trained else ("untrained", "--", 8, "white", 2)
+        )
+        axes.plot(
+            layers,
+            middle,
+            style,
+            marker="o",
+            markersize=size,
+            color=curve.colour,
+            markerfacecolor=face,
+            zorder=order,
+            label=", ".join(filter(None, [curve.label, name])),
+        )
         if bands:
             low, high = [value.low for value in bands], [value.high for value in bands]
             axes.fill_between(layers, low, high, color=curve.colour, alpha=0.15, linewidth=0)

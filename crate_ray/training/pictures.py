@@ -239,7 +239,7 @@ def _draw_keys(subject: _Subject, trained: LayerView, control: LayerView) -> byt
         columns[f"keys,\n{which}"] = enlarge_patches(colours_AN3[subject.pictured_B], side)
     title = subject.title(f"principal components of the keys, encoder layer {trained.number} of {len(subject.trained.blocks)}")
     note = [
-        f"Foreground: one component over {len(view.keys_BND)} images, cut at each image's mean; its border decides the side.",
+        f"Foreground: one component over {len(trained.keys_BND)} images, cut at each one's mean; its border decides the side.",
         "Keys: three components of the foreground's keys as red, green and blue, stretched in each image.",
     ]
     return label_grid(columns, subject.names, title=title, note=note)
