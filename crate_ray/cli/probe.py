@@ -26,9 +26,8 @@ def probe(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge the features of finished runs: linear probe, few labels, kNN, beside the untrained encoder; draw pictures."""
+    """Judge finished runs: features by linear probe, few labels, kNN, beside the untrained encoder; classifiers by top-1."""
     from crate_ray.config import ConfigError
-    from crate_ray.evaluation.probes import FEW_LABELS
     from crate_ray.runs import RunFolder
     from crate_ray.training.probe import probe_run
 
@@ -40,10 +39,34 @@ def probe(
     reports = {}
     for folder in folders:
         errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
-        reports[folder.name] = _with_pixels(folder, probe_run(folder, split=split), split)
+        report = probe_run(folder, split=split)
+        reports[folder.name] = report if _is_of_classifier(report) else _with_pixels(folder, report, split)
     drawn = {folder.name: _draw(folder) for folder in folders} if pictures else {}
     if as_json:
         print_json({"split": split, "runs": reports, **({"pictures": drawn} if pictures else {})})
+        return
+    _print_classifiers({name: report for name, report in reports.items() if _is_of_classifier(report)}, split)
+    _print_features({name: report for name, report in reports.items() if not _is_of_classifier(report)}, split)
+    for made in drawn.values():
+        for uri in made["files"]:
+            console.print(uri, soft_wrap=True)
+    console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
+
+
+def _is_of_classifier(report: dict[str, Any]) -> bool:
+    return report.get("task") == "classify"
+
+
+def _print_classifiers(reports: dict[str, Any], split: str) -> None:
+    if reports:
+        lines = [(name, "{:.1%} [{:.1%}, {:.1%}]".format(*report["top1"])) for name, report in reports.items()]
+        print_table(("classifier", "top-1"), lines, title=f"on {split}, 95% intervals over source images")
+
+
+def _print_features(reports: dict[str, Any], split: str) -> None:
+    from crate_ray.evaluation.probes import FEW_LABELS
+
+    if not reports:
         return
     found = list(reports.values())
     lines = [
@@ -56,10 +79,6 @@ def probe(
     ]
     title = f"on {split}, 95% intervals over source images; in brackets: the same encoder untrained"
     print_table(("", *reports), lines, title=title)
-    for made in drawn.values():
-        for uri in made["files"]:
-            console.print(uri, soft_wrap=True)
-    console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
 
 
 def _draw(folder: "RunFolder") -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from crate_ray.runs import SEGMENT_SECONDS, Record, RecordTail, RunFolder
 LINE_EVERY_S = 10.0
 WIDE = 116  # columns from which evaluation is shown too
 _ALWAYS = {"train/loss": "loss {:.4f}", "perf/images_per_s": "{:.0f} images/s", "perf/data_wait_fraction": "wait {:.0%}"}
-_WHERE_WIDE = {"eval/loss": "eval {:.4f}", "eval/knn_top1": "kNN {:.1%}"}
+_WHERE_WIDE = {"eval/loss": "eval {:.4f}", "eval/top1": "top-1 {:.1%}", "eval/knn_top1": "kNN {:.1%}"}
 
 
 class Count(Protocol):

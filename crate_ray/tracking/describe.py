@@ -70,7 +70,7 @@ def metric_key(key: str) -> str:
 
 
 def run_name(folder_name: str, config: RunConfig | None) -> str:
-    """At most 18 characters, what tells runs apart first: `12x384 s0 crate`, `12x384 e0.2 s1 crate`.
+    """At most 18 characters, what tells runs apart first: `12x384 s0 crate`, `12x384 e0.2 s1 crate`, `4x128 cls s0 crate`.
 
     A name that the user chose stands as it is, up to the length that MLflow shows.
     """
@@ -80,7 +80,9 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
     parts = [f"{model.encoder_depth}x{model.width}"]
     if model.family == "crate" and model.ista_step_size != 0.1:
         parts.append(f"e{_number(model.ista_step_size)}")
-    if model.mask_ratio != 0.75:
+    if config.task == "classify":
+        parts.append("cls")
+    elif model.mask_ratio != 0.75:
         parts.append(f"m{_number(model.mask_ratio)}")
     return " ".join([*parts, f"s{config.train.seed}", model.family])[:MAX_NAME]
 
@@ -96,7 +98,7 @@ def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]
         "width": model.width,
         "heads": model.num_heads,
         "patch": model.patch_size,
-        "mask_ratio": model.mask_ratio,
+        "mask_ratio": model.mask_ratio if model.num_classes is None else "none",
         "ista_step_size": model.ista_step_size if model.family == "crate" else "none",
         "ista_lambda": model.ista_lambda if model.family == "crate" else "none",
         "dataset": dataset_name(config.data.train),
@@ -110,7 +112,9 @@ def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]
 
 
 def model_name(model: ModelConfig) -> str:
-    """The model as the presets call it, without a size."""
+    """The model as the presets call it, without a size; a classifier with an autoencoder's encoder after its family."""
+    if model.num_classes is not None:
+        return "crate" if model.embedding == "normed" else f"{model.family}_linear"
     if model.family == "crate":
         return "crate_mae" if model.encoder_tokens == "all" else "crate_mae_visible"
     return "mae" if model.encoder_tokens == "visible" else "mae_all_tokens"
@@ -140,6 +144,7 @@ def _tags(meta: Mapping[str, Any], config: RunConfig | None) -> dict[str, str]:
         "family": family,
         "study": meta.get("study"),
         "stage": meta.get("stage"),
+        "task": "classify" if config and config.task == "classify" else None,
         "seed": config.train.seed if config else None,
         "mlflow.runColor": FAMILY_COLOURS.get(str(family), _OTHER_COLOUR),
         "mlflow.user": _user(),

@@ -17,7 +17,7 @@ from crate_ray.data import load_index
 from crate_ray.evaluation.features import Features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval, paired_gain
 from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
-from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.models import Classifier, MaskedAutoencoder, create_model
 from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
 from crate_ray.training.evaluate import encode_images, measure_images, read_images
@@ -93,22 +93,19 @@ def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) ->
 
 def judge_classifier(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Interval:
     """Top-1 of a checkpoint's classifier on a split."""
-    device = choose_device("auto" if config.scale.use_gpu else False, 0)
-    model = create_model(config.model).to(device)
+    model = untrained(config)
     model.load_state_dict(checkpoint.read(MODEL_FILE))
     objective = create_objective(model, config)
-    precision = resolve_precision(config.train.precision, device.type)
+    precision = resolve_precision(config.train.precision, next(model.parameters()).device.type)
     url = _url(config, split)
     rows_NM = torch.cat(list(measure_images(objective, config, url, precision=precision)))
     return accuracy_interval(rows_NM[:, objective.measures.index("top1")].numpy(), load_index(url).sources)
 
 
-def untrained(config: RunConfig) -> MaskedAutoencoder:
-    """The model as the run's first step found it."""
+def untrained(config: RunConfig) -> MaskedAutoencoder | Classifier:
+    """The model of the run's seed before any training, that of `train.init_from` included."""
     torch.manual_seed(config.train.seed)
-    model = create_model(config.model)
-    assert isinstance(model, MaskedAutoencoder)
-    return model.to(choose_device("auto" if config.scale.use_gpu else False, 0))
+    return create_model(config.model).to(choose_device("auto" if config.scale.use_gpu else False, 0))
 
 
 def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
@@ -122,7 +119,7 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
     return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
 
 
-def _judge(model: MaskedAutoencoder, config: RunConfig, split: Split) -> Judgement:
+def _judge(model: MaskedAutoencoder | Classifier, config: RunConfig, split: Split) -> Judgement:
     def features(which: Literal["train"] | Split) -> tuple[Features, NDArray[Any]]:
         url = _url(config, which)
         precision = resolve_precision(config.train.precision, next(model.parameters()).device.type)

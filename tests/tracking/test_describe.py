@@ -8,7 +8,7 @@ import pytest
 from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
 from crate_ray.tracking import default_uri, view_url
 from crate_ray.tracking.client import absolute_uri, public_uri
-from crate_ray.tracking.describe import MAX_NAME, dataset_name, metric_key, model_name, run_name
+from crate_ray.tracking.describe import MAX_NAME, dataset_name, metric_key, model_name, params_of, run_name
 
 
 def config_of(model: dict[str, Any], **overrides: Any) -> RunConfig:
@@ -77,3 +77,18 @@ def test_a_link_to_a_view_needs_no_click() -> None:
     assert view_url("http://host:1/", "7", "v") == (
         "http://host:1/#/experiments/7/runs?viewStateShareKey=v&compareRunsMode=CHART&workflowType=machine_learning"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "expected"),
+    [
+        ([], "crate", "4x128 cls s0 crate"),
+        (["model.embedding=linear", "model.pool=mean"], "crate_linear", "4x128 cls s0 crate"),
+        (["model.family=vit", "model.embedding=linear"], "vit_linear", "4x128 cls s0 vit"),
+    ],
+)
+def test_a_classifier_is_told_from_the_autoencoders(overrides: list[str], name: str, expected: str) -> None:
+    config = RunConfig.load("digits_crate_classify", overrides)
+    params = params_of(config)
+    assert (params["model"], params["mask_ratio"]) == (name, "none")
+    assert run_name("folder", config) == expected
