@@ -35,7 +35,9 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [_explain(cls, item) for item in error.errors()]
+            items = error.errors()
+            own = [item for item in items if item["type"] == "missing" or _is_given(values, item["loc"])]
+            lines = [_explain(cls, item) for item in own or items]  # a default that copies a wrong value is no second problem
             head = f"invalid configuration in {where}" if where else "invalid configuration"
             raise ConfigError(f"{head}:\n  " + "\n  ".join(lines)) from None
 
@@ -44,6 +46,17 @@ def nearest(word: str, valid: list[str]) -> str:
     """A hint ' (did you mean X?)', or nothing when no valid word is close."""
     match = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _is_given(values: Any, path: tuple[Any, ...]) -> bool:
+    """Whether the user wrote the key, or something around it."""
+    for part in path:
+        if not isinstance(values, dict):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _explain(root: type[BaseModel], item: Any) -> str:
