@@ -90,6 +90,12 @@ def test_the_vit_family_has_what_is_defined_for_it(load_tiny: LoadTiny) -> None:
     assert made.left_out == ["layer-wise curves: none of the white-box measures is defined for the family vit"]
 
 
+def test_a_classifier_has_all_but_reconstructions(load_tiny: LoadTiny) -> None:
+    made = draw_pictures(train(load_tiny("task=classify", "model.num_classes=10", *SHALLOW)))
+    assert names(made) == [name for name in OF_A_CRATE if name != "reconstructions.png"]
+    assert made.left_out == ["reconstructions: a classifier predicts classes and has no decoder"]
+
+
 def test_shards_without_masks_leave_emergence_out_with_a_reason(load_tiny: LoadTiny, tmp_path: Path) -> None:
     from torchvision.io import write_png
 
