@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_ray.config import RunConfig
+from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import load_index, read_masks
 from crate_ray.evaluation.attention import LayerView
 from crate_ray.evaluation.emergence import EMERGENCE_PROTOCOL, Scores, object_patches, score_layer, trivial_scores
@@ -66,11 +66,14 @@ class Emergence:
             patches_ANQ: Their pixels, a row a patch.
 
         Raises:
-            ConfigError: The shards hold no masks, or one that cannot be read.
+            ConfigError: The shards hold no masks, or one that cannot be read, or no object fills half of any patch.
         """
         url = str(config.data.eval)
         object_AN = object_patches(read_masks(url, ids, image_size=config.model.image_size), config.model.patch_size)
         usable_A = object_AN.any(dim=1)
+        if not usable_A.any():
+            size = config.model.patch_size
+            raise ConfigError(f"in {len(ids)} images of {url} no object fills half of any patch of {size} x {size} pixels")
         object_BN = object_AN[usable_A]
         trivial = trivial_scores(patches_ANQ[usable_A], object_BN, num_heads=config.model.num_heads)
         return cls(object_BN, usable_A, load_index(url).sources[ids][usable_A.numpy()], trivial)

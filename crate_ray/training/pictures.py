@@ -96,6 +96,8 @@ class _Subject:
             raise ConfigError(f"run '{folder.name}' has no data.eval; its pictures are of validation images")
         trained, control = untrained(config).eval(), untrained(config).eval()
         trained.load_state_dict(checkpoint.read(MODEL_FILE))
+        if not all(weight.isfinite().all() for weight in trained.parameters()):
+            raise ConfigError(f"run '{folder.name}' diverged: its weights hold NaN or infinity, so there is nothing to picture")
         ids_A = spread_ids(load_index(config.data.eval).num_samples, NUM_IMAGES)
         normalise = Normalise(config.data.mean, config.data.std)
         images, noise = [], []
@@ -136,7 +138,7 @@ def draw_pictures(folder: RunFolder) -> Pictures:
         What was made, and why the rest was not.
 
     Raises:
-        ConfigError: The run is not finished or has no validation images, or matplotlib is not installed.
+        ConfigError: The run is not finished, diverged, or has no validation images; or matplotlib is not installed.
     """
     require_matplotlib()
     config = folder.read_config()

@@ -1,6 +1,8 @@
 """Pictures of a finished run: which files, what they are made of, and that making them again changes nothing."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.io import encode_png
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.data import build_source, load_index, read_masks
+from crate_ray.data import build_index, load_index, read_masks
 from crate_ray.runs import Lease, RunFolder, read_records
+from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint, save_checkpoint
 from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.pictures import Pictures, draw_pictures
 from crate_ray.training.prepare import prepare_run
@@ -96,21 +100,30 @@ def test_a_classifier_has_all_but_reconstructions(load_tiny: LoadTiny) -> None:
     assert made.left_out == ["reconstructions: a classifier predicts classes and has no decoder"]
 
 
-def test_shards_without_masks_leave_emergence_out_with_a_reason(load_tiny: LoadTiny, tmp_path: Path) -> None:
-    from torchvision.io import write_png
-
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [(False, "has no mask"), (True, "no object fills half of any patch of 4 x 4 pixels")],
+    ids=["none", "empty"],
+)
+def test_shards_without_objects_leave_emergence_out_with_a_reason(
+    masks: bool, reason: str, load_tiny: LoadTiny, tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    for number in range(20):
-        target = tmp_path / "images" / str(number % 2)
-        target.mkdir(parents=True, exist_ok=True)
-        write_png(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator), str(target / f"{number}.png"))
-    build_source(f"folder:{tmp_path / 'images'}", str(tmp_path / "shards"))
-    urls = [f"data.{key}={tmp_path / 'shards' / 'train'}" for key in ("train", "eval")]
-    folder = train(load_tiny(*SHALLOW, *urls, "data.test=null"))
+    with tarfile.open(tmp_path / "images-000000.tar", "w") as shard:
+        for number in range(8):
+            pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+            members = {"png": pixels, **({"mask.png": torch.zeros(1, 16, 16, dtype=torch.uint8)} if masks else {})}
+            for extension, image in members.items():
+                data = encode_png(image).numpy().tobytes()
+                header = tarfile.TarInfo(f"{number:04d}.{extension}")
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
+    build_index(str(tmp_path))
+    folder = train(load_tiny(*SHALLOW, f"data.train={tmp_path}", f"data.eval={tmp_path}", "data.test=null"))
     made = draw_pictures(folder)
     assert names(made) == [name for name in OF_A_CRATE if "emergence" not in name]
     assert len(made.left_out) == 1
-    assert "has no mask" in made.left_out[0]
+    assert reason in made.left_out[0]
     assert not any(key.startswith("emergence/") for record in read_records(folder) for key in record.values)
 
 
@@ -123,6 +136,16 @@ def test_a_run_that_cannot_have_pictures_is_refused_and_gets_no_file(load_tiny: 
     blind = train(load_tiny("train.steps=1", "data.eval=null", "data.test=null"))
     with pytest.raises(ConfigError, match=r"has no data\.eval; its pictures are of validation images"):
         draw_pictures(blind)
+
+    diverged = train(load_tiny("train.steps=1"))
+    checkpoint = latest_checkpoint(diverged)
+    assert checkpoint is not None
+    weights = checkpoint.read(MODEL_FILE)
+    weights["norm.weight"][0] = torch.nan
+    save_checkpoint(diverged, step=2, cursor=0, train_seconds=0.0, model=weights, optimizer={})
+    with pytest.raises(ConfigError, match="diverged: its weights hold NaN or infinity"):
+        draw_pictures(diverged)
+    assert storage.list_dir(diverged.path("pictures")) == []
 
 
 def test_the_verb_lists_what_it_drew_and_drawing_again_changes_nothing(
