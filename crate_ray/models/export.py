@@ -80,7 +80,8 @@ def _notes(model: Model) -> list[str]:
     step_size, lambda_autoencoder, lambda_classifier = _PUBLISHED_ISTA
     lam = lambda_autoencoder if config.num_classes is None else lambda_classifier
     if config.ista_learnable == "layer":
-        trained = [(float(b.ista.step_size), float(b.ista.lam)) for b in model.blocks]  # type: ignore[union-attr,arg-type]
+        with torch.no_grad():
+            trained = [(float(b.ista.step_size), float(b.ista.lam)) for b in model.blocks]  # type: ignore[union-attr,arg-type]
         pairs = ", ".join(f"{eta:.4g}/{lam:.4g}" for eta, lam in trained)
         notes.append(f"trained step sizes and lambdas are not in the published layout; layer by layer they are {pairs}")
     elif {*config.per_layer("ista_step_size")} != {step_size} or {*config.per_layer("ista_lambda")} != {lam}:
