@@ -6,7 +6,8 @@ stay the same; a bare cursor is all that a resumed run needs.
 
 The trade-off: samples are shuffled over shards and inside windows of each lane, not over the whole epoch. A lane then reads
 a handful of shards almost sequentially, which object stores and page caches reward; shards written in shuffled order
-(ours are) make the difference to a full shuffle invisible. An epoch's order is held in memory, 8 bytes a sample.
+(ours are) make the difference to a full shuffle invisible. An epoch's order is held in memory, 8 bytes a sample, and
+twice that while it is made.
 
 Epoch e over N samples in C lanes:
 
@@ -55,32 +56,23 @@ def _concatenated_ids(shard_sizes: Int64Array, shard_order: Int64Array) -> Int64
     """Sample ids of the shards in the given order, (N,)."""
     first_id = np.cumsum(shard_sizes) - shard_sizes
     sizes = shard_sizes[shard_order]
-    shift = first_id[shard_order] - (np.cumsum(sizes) - sizes)
-    ids: Int64Array = np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(shift, sizes)
+    ids: Int64Array = np.repeat(first_id[shard_order] - (np.cumsum(sizes) - sizes), sizes)
+    ids += np.arange(len(ids), dtype=np.int64)
     return ids
 
 
-def _lane_starts(num_samples: int, lanes: int) -> Int64Array:
-    """First index of each lane in the rotated concatenation, and the end of the last, (C + 1,)."""
-    lane = np.arange(lanes + 1, dtype=np.int64)
-    return lane * (num_samples // lanes) + np.minimum(lane, num_samples % lanes)
+def _shuffled_windows(ids: Int64Array, sort_keys: NDArray[np.float64], window: int) -> Int64Array:
+    """The ids of a lane with every `window` of them sorted by their keys; the last window may be shorter."""
+    whole = len(ids) - len(ids) % window
+    shuffled = np.empty_like(ids)
+    for part, width in ((slice(0, whole), window), (slice(whole, None), len(ids) - whole)):
+        if width:
+            rows = np.argsort(sort_keys[part].reshape(-1, width), axis=1, kind="stable")
+            shuffled[part] = np.take_along_axis(ids[part].reshape(-1, width), rows, axis=1).ravel()
+    return shuffled
 
 
-def _window_shuffled(num_samples: int, starts: Int64Array, *, seed: int, epoch: int, window: int) -> Int64Array:
-    """A permutation of range(N) that keeps every sample inside its window of its lane, (N,)."""
-    sort_keys = np.empty(num_samples, dtype=np.float64)
-    window_of = np.empty(num_samples, dtype=np.int64)
-    next_window = 0
-    for lane, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        if start == stop:
-            break  # lanes never grow: the ones after an empty lane are empty too
-        sort_keys[start:stop] = stream(Purpose.WINDOWS, seed=seed, epoch=epoch, item=lane).random(stop - start)
-        window_of[start:stop] = next_window + np.arange(stop - start) // window
-        next_window += -((start - stop) // window)
-    return np.lexsort((sort_keys, window_of)).astype(np.int64, copy=False)
-
-
-def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, lanes: int, window: int) -> tuple[Int64Array, Int64Array]:
+def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, lanes: int, window: int) -> Int64Array:
     """Return the samples of one epoch in the order of its positions.
 
     Args:
@@ -91,21 +83,25 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, lanes: int
         window: Samples w of a lane that are shuffled together, at least 1; 1 keeps the order of the lane.
 
     Returns:
-        `(sample_id_N, lane_N)`: axis 0 is the position in the epoch.
+        `sample_id_N`: axis 0 is the position p in the epoch, which lies in lane p mod C.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     num_samples = int(sizes.sum())
     if num_samples < 1 or lanes < 1 or window < 1:
         raise ConfigError(f"an order needs samples, lanes and a window of at least 1; got {num_samples}, {lanes} and {window}")
     generator = stream(Purpose.SHARDS, seed=seed, epoch=epoch)
-    sample_ids = _concatenated_ids(sizes, generator.permutation(len(sizes)))
-    sample_ids = np.roll(sample_ids, -int(generator.integers(num_samples)))
-    starts = _lane_starts(num_samples, lanes)
-    if window > 1:
-        sample_ids = sample_ids[_window_shuffled(num_samples, starts, seed=seed, epoch=epoch, window=window)]
-    position = np.arange(num_samples, dtype=np.int64)
-    lane = position % lanes
-    return sample_ids[starts[lane] + position // lanes], lane
+    unrotated = _concatenated_ids(sizes, generator.permutation(len(sizes)))
+    begin = int(generator.integers(num_samples))
+    sample_ids = np.empty_like(unrotated)
+    for lane in range(min(lanes, num_samples)):  # the lanes after these are empty
+        length = num_samples // lanes + (lane < num_samples % lanes)
+        in_lane = unrotated.take(np.arange(begin, begin + length), mode="wrap")
+        begin += length
+        if window > 1:
+            sort_keys = stream(Purpose.WINDOWS, seed=seed, epoch=epoch, item=lane).random(length)
+            in_lane = _shuffled_windows(in_lane, sort_keys, window)
+        sample_ids[lane::lanes] = in_lane
+    return sample_ids
 
 
 class SampleOrder:
@@ -131,7 +127,7 @@ class SampleOrder:
         """Sample ids of one epoch by position, (N,). Safe to call from several threads."""
         with self._lock:
             if epoch not in self._epochs:
-                self._epochs[epoch], _ = epoch_order(
+                self._epochs[epoch] = epoch_order(
                     self.shard_sizes, seed=self.seed, epoch=epoch, lanes=self.lanes, window=self.window
                 )
                 for old in sorted(self._epochs)[: -self._KEPT_EPOCHS]:

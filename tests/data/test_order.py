@@ -1,4 +1,6 @@
+import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,10 +20,31 @@ fast = settings(max_examples=60, deadline=None)
 @fast
 @given(shard_sizes, lanes, windows, seeds, st.integers(0, 5))
 def test_every_sample_comes_exactly_once_an_epoch(sizes, lanes, window, seed, epoch):
-    ids, lane_of = epoch_order(sizes, seed=seed, epoch=epoch, lanes=lanes, window=window)
+    ids = epoch_order(sizes, seed=seed, epoch=epoch, lanes=lanes, window=window)
     assert sorted(ids.tolist()) == list(range(sum(sizes)))
-    counts = np.bincount(lane_of, minlength=lanes)
-    assert counts.max() - counts.min() <= 1
+
+
+GRID = list(
+    itertools.product(
+        ([1], [3], [0, 5, 0], [1, 1, 1, 1], [7, 2, 9, 1], [64, 63, 65], [0, 0, 130, 1, 17]),  # uneven and empty shards
+        (1, 3, 64, 200),  # lanes: also more than samples
+        (1, 16, 2048),  # windows: also longer than a lane
+        (1, 5, 64, 301),  # batches: also several epochs long
+    )
+)
+
+
+def test_over_a_grid_of_sizes_every_epoch_is_whole_and_no_batch_is_cut():
+    """What a run reads from its first to its last step, told from the epochs alone: no sample missing, none too many."""
+    for sizes, lanes, window, size in GRID:
+        order, num_samples = SampleOrder(sizes, seed=11, lanes=lanes, window=window), sum(sizes)
+        steps = -(-2 * num_samples // size)
+        batches = [global_batch(order, cursor=step * size, size=size) for step in range(steps)]
+        assert {len(batch.sample_ids) for batch in batches} == {size}
+        epochs = np.concatenate([batch.epochs for batch in batches])
+        ids = np.concatenate([batch.sample_ids for batch in batches])
+        for epoch in range(steps * size // num_samples):
+            assert sorted(ids[epochs == epoch].tolist()) == list(range(num_samples)), (sizes, lanes, window, size)
 
 
 @fast
@@ -45,7 +68,7 @@ def test_batches_of_any_sizes_spell_the_same_endless_sequence(sizes, lanes, wind
     total = sum(batch_sizes)
     num_samples = sum(sizes)
     expected = np.concatenate(
-        [epoch_order(sizes, seed=3, epoch=epoch, lanes=lanes, window=window)[0] for epoch in range(total // num_samples + 1)]
+        [epoch_order(sizes, seed=3, epoch=epoch, lanes=lanes, window=window) for epoch in range(total // num_samples + 1)]
     )[:total]
     cursor, found = 0, []
     for size in batch_sizes:
@@ -66,9 +89,41 @@ def test_a_bare_cursor_resumes_exactly():
         )
 
 
+@fast
+@given(shard_sizes, st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_the_number_of_workers_may_change_at_any_step(sizes, size, world_sizes):
+    """Every attempt starts from nothing but the cursor, on another number of ranks; one undisturbed rank reads the same."""
+    undisturbed = SampleOrder(sizes, seed=2, lanes=8, window=4)
+    for step, world_size in enumerate(min(size, wanted) for wanted in world_sizes):
+        parts = []
+        for rank in range(world_size):
+            batch = global_batch(SampleOrder(sizes, seed=2, lanes=8, window=4), cursor=step * size, size=size)
+            share = rank_slice(rank, world_size, size)
+            parts += batch.sample_ids[share.start : share.stop].tolist()
+        assert parts == global_batch(undisturbed, cursor=step * size, size=size).sample_ids.tolist()
+
+
+def test_no_seed_and_epoch_repeats_the_order_of_another():
+    """Neither seed + 1 the next epoch of seed, nor the largest seed that of another; asked in turns, each stays itself."""
+    seeds = [0, 1, 2, 2**32, 2**63 - 1]
+    orders = {seed: SampleOrder([40, 23], seed=seed, lanes=4, window=8) for seed in seeds}
+    found = {(seed, epoch): tuple(orders[seed].epoch(epoch).tolist()) for epoch in range(6) for seed in seeds}
+    assert len(set(found.values())) == len(found)
+    for (seed, epoch), ids in reversed(found.items()):  # epochs that were dropped from memory come back the same
+        assert tuple(orders[seed].epoch(epoch).tolist()) == ids
+
+
+def test_threads_that_ask_for_epochs_at_once_get_their_own():
+    order = SampleOrder([300, 211], seed=4, lanes=8, window=16)
+    asked = [epoch % 5 for epoch in range(60)]
+    with ThreadPoolExecutor(8) as threads:
+        for epoch, ids in zip(asked, threads.map(order.epoch, asked), strict=True):
+            np.testing.assert_array_equal(ids, epoch_order([300, 211], seed=4, epoch=epoch, lanes=8, window=16))
+
+
 def test_epochs_and_seeds_differ_and_windows_hold_their_samples():
     def order(seed=0, epoch=0, window=16):
-        return epoch_order([100] * 5, seed=seed, epoch=epoch, lanes=4, window=window)[0]
+        return epoch_order([100] * 5, seed=seed, epoch=epoch, lanes=4, window=window)
 
     assert order(epoch=0).tolist() != order(epoch=1).tolist() != order(seed=1).tolist()
     plain, shuffled = order(window=1), order(window=16)
@@ -107,12 +162,12 @@ def reference_order(sizes, *, seed, epoch, lanes, window):
 @given(shard_sizes, lanes, windows, seeds, st.integers(0, 5))
 def test_the_order_is_the_one_that_the_documentation_describes(sizes, lanes, window, seed, epoch):
     arguments = {"seed": seed, "epoch": epoch, "lanes": lanes, "window": window}
-    assert epoch_order(sizes, **arguments)[0].tolist() == reference_order(sizes, **arguments)
+    assert epoch_order(sizes, **arguments).tolist() == reference_order(sizes, **arguments)
 
 
 def test_the_order_of_this_format_never_changes():
     """Recorded from the first release; a change here breaks the resumption of every run: raise the schema version."""
-    ids, _ = epoch_order([3, 4, 5], seed=7, epoch=2, lanes=5, window=2)
+    ids = epoch_order([3, 4, 5], seed=7, epoch=2, lanes=5, window=2)
     assert ids.tolist() == [7, 9, 1, 3, 4, 6, 10, 0, 2, 5, 8, 11]
 
 
@@ -121,7 +176,8 @@ def test_more_workers_than_samples_in_a_batch_is_refused():
         rank_slice(0, 9, 8)
 
 
-def test_an_epoch_of_imagenet_takes_about_a_second():
+def test_an_epoch_of_imagenet_takes_well_below_a_microsecond_a_sample():
+    """Measured 0.06; the bound leaves room for a slow or busy machine."""
     start = time.process_time()
     epoch_order([1251] * 1024, seed=0, epoch=0, lanes=64, window=2048)
-    assert time.process_time() - start < 2.5
+    assert (time.process_time() - start) / (1251 * 1024) < 0.5e-6
