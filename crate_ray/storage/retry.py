@@ -89,8 +89,7 @@ def retrying(action: Callable[[], T], what: str) -> T:
                 raise StorageError(f"cannot {what}: {error}{denied}") from error
             wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             if elapsed_s + wait_s > deadline_s:
-                raise StorageError(
-                    f"cannot {what}: {attempt} attempts in {elapsed_s:.1f} s, the last fault: {error}"
-                ) from error
+                count = f"{attempt} attempt{'s' if attempt > 1 else ''}"
+                raise StorageError(f"cannot {what}: {count} in {elapsed_s:.1f} s, the last fault: {error}") from error
             logger.warning("cannot %s (attempt %d: %s); again in %.1f s", what, attempt, error, wait_s)
             time.sleep(wait_s)
