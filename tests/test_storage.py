@@ -1,5 +1,6 @@
 """Files by URI: whole or not there, and no scheme that runs anything."""
 
+import re
 import resource
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
+from crate_ray.storage import retry
 
 
 def test_what_is_written_is_read_back_and_folders_come_by_themselves(tmp_path: Path) -> None:
@@ -107,3 +109,71 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path: Pat
 def test_a_query_stays_behind_the_path() -> None:
     assert storage.join("s3://bucket/runs?region=eu-west-1", "a", "b") == "s3://bucket/runs/a/b?region=eu-west-1"
     assert storage.join("/what?/runs", "a") == "/what?/runs/a"
+
+
+class Flaky:
+    """An action that fails a number of times; it counts its calls."""
+
+    def __init__(self, error: OSError, times: int) -> None:
+        self.error, self.times, self.calls = error, times, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return "done"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between attempts, taken in no time: the clock goes on by as much as was asked for."""
+    taken: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", taken.append)
+    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(taken))
+    return taken
+
+
+def test_waits_double_within_their_jitter_up_to_the_longest(waits: list[float]) -> None:
+    assert retry.retrying(Flaky(OSError("reset by peer"), 9), "read x") == "done"
+    for attempt, wait in enumerate(waits):
+        whole = min(15.0, 0.25 * 2**attempt)
+        assert whole / 2 <= wait <= whole
+    assert len(waits) == 9
+
+
+def test_the_deadline_ends_it_with_uri_attempts_seconds_and_the_last_fault(waits: list[float]) -> None:
+    flaky = Flaky(OSError("AWS Error SLOW_DOWN (HTTP status 503) during GetObject"), 10**6)
+    with pytest.raises(
+        storage.StorageError, match=r"cannot read s3://b/k: \d+ attempts in [\d.]+ s, the last fault: AWS .*503"
+    ):
+        retry.retrying(flaky, "read s3://b/k")
+    assert 120 - 15 <= sum(waits) <= 120
+    with storage.retry_deadline(0), pytest.raises(storage.StorageError, match=r": 1 attempt in 0\.0 s"):
+        retry.retrying(flaky, "read s3://b/k")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("k"),
+        PermissionError("k"),
+        OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation"),
+        OSError("Bucket 'b' not found. To create buckets, enable the allow_bucket_creation option."),
+        OSError("google::cloud::Status(PERMISSION_DENIED: denied)"),
+        *(OSError(f"HTTP status {status}") for status in (301, 400, 401, 403, 404, 410, 412, 416, 501)),
+    ],
+    ids=str,
+)
+def test_what_cannot_pass_is_raised_at_once(error: OSError, waits: list[float]) -> None:
+    flaky = Flaky(error, 10**6)
+    with pytest.raises(OSError, match=re.escape(str(error))):
+        retry.retrying(flaky, "read x")
+    assert flaky.calls == 1
+    assert waits == []
+
+
+@pytest.mark.parametrize("text", [*(f"HTTP status {code}" for code in (408, 425, 429, 500, 502, 503, 504)), "curlCode: 28"])
+def test_what_may_pass_is_tried_again(text: str, waits: list[float]) -> None:
+    assert retry.retrying(Flaky(OSError(text), 3), "read x") == "done"
+    assert len(waits) == 3

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -125,14 +126,13 @@ class FaultServer:
         return Answer(206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop])
 
     def forward(self, request: BaseHTTPRequestHandler, content: bytes) -> Answer:
-        connection = http.client.HTTPConnection(self.upstream or "", timeout=20)
-        connection.request(request.command, request.path, content or None, dict(request.headers))
-        response = connection.getresponse()
-        body = response.read()
+        with closing(http.client.HTTPConnection(self.upstream or "", timeout=20)) as connection:
+            connection.request(request.command, request.path, content or None, dict(request.headers))
+            response = connection.getresponse()
+            body = response.read()
         headers = {key: value for key, value in response.getheaders() if key.lower() not in HOPS}
         if request.command == "HEAD":
             body = bytes(int(response.getheader("Content-Length") or 0))
-        connection.close()
         return Answer(response.status, headers, body)
 
     def send(self, request: BaseHTTPRequestHandler, answer: Answer, kind: str, number: int) -> None:
