@@ -7,6 +7,7 @@ as in the published pipelines.
 """
 
 import math
+import re
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from crate_ray.data.headers import DEFAULT_MAX_PIXELS, ImageError, check_size, read_header
+from crate_ray.data.png import SIGNATURE, checked_png
 from crate_ray.data.shards import Buffer
 from crate_ray.data.streams import Purpose, stream
 
@@ -34,6 +36,7 @@ Augmentation = Literal["none", "random_resized_crop"]
 
 _ASPECT = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
+_SOURCE_LINE = re.compile(r"\S+\.cpp:\d+, ")  # of torchvision, in its messages
 
 
 def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
@@ -50,11 +53,12 @@ def decode(data: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tenso
 
     check_size(data, max_pixels=max_pixels)
     # A bytearray, because torch warns of tensors over memory that it may not write.
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    safe = checked_png(data) if bytes(data[: len(SIGNATURE)]) == SIGNATURE else data
+    encoded = torch.frombuffer(bytearray(safe), dtype=torch.uint8)
     try:
         image: torch.Tensor = decode_image(encoded, mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        raise ImageError(f"it cannot be decoded: {str(error).splitlines()[0]}") from None
+        raise ImageError(f"it cannot be decoded: {_SOURCE_LINE.sub('', str(error).splitlines()[0])}") from None
     return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 

@@ -6,7 +6,6 @@ stand in file names only, because listing a store recursively may cost more than
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from pyarrow import fs
 from crate_ray import storage
 from crate_ray.config import ConfigError
 from crate_ray.data.scan import ShardFile
+from crate_ray.storage.retry import retrying
+from crate_ray.storage.uris import is_web
 
 ALL_SHARDS = "*.tar"
 _WILDCARDS = "*["
@@ -59,26 +60,48 @@ def _expand(pattern: str) -> list[str]:
         raise ConfigError(f"the braces in {pattern!r} do not match; write for example shard-{{0000..0123}}.tar") from None
 
 
-def _match(folder: str, pattern: str) -> Iterator[tuple[str, Any]]:
-    """Names and listing entries of the shards that a pattern without braces means."""
+def _has_wildcard(pattern: str) -> bool:
+    return any(letter in pattern for letter in _WILDCARDS)
+
+
+def _matching(folder: str, pattern: str) -> list[ShardFile]:
+    """The shards that a pattern without braces means."""
     parent, _, base = pattern.rpartition("/")
-    if any(letter in parent for letter in _WILDCARDS):
-        raise ConfigError(
-            f"'{pattern}': * and [...] stand in file names only; name the folders with braces, {{train,val}}/*.tar"
-        )
-    store, path = storage.open_store(storage.join(folder, parent) if parent else folder)
-    for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-        if info.type == fs.FileType.File and fnmatch.fnmatchcase(info.base_name, base):
-            yield f"{parent}/{info.base_name}" if parent else info.base_name, info
+    if _has_wildcard(parent):
+        raise ConfigError(f"'{pattern}': * and [...] stand in file names only; name the folders with braces, {{a,b}}/*.tar")
+    place = storage.join(folder, parent) if parent else folder
+    if is_web(place):
+        there = fnmatch.filter(storage.list_dir(place), base)
+        return _named(folder, [f"{parent}/{name}" if parent else name for name in there])
+    store, path = storage.open_store(place)
+    infos = retrying(lambda: store.get_file_info(fs.FileSelector(path, allow_not_found=True)), f"list {place}")
+    chosen = [info for info in infos if fnmatch.fnmatchcase(info.base_name, base)]
+    return [_shard_file(folder, f"{parent}/{info.base_name}" if parent else info.base_name, info) for info in chosen]
 
 
-def _named(folder: str, names: list[str]) -> Iterable[tuple[str, Any]]:
-    """Listing entries of shards that are named in full."""
-    if not names:
-        return ()
+def _named(folder: str, names: list[str]) -> list[ShardFile]:
+    """Shards that are named in full; object stores are asked for all of them at once."""
+    uris = [storage.join(folder, name) for name in names]
+    if not uris or is_web(uris[0]):
+        return [ShardFile(name, uri, _web_size(uri), None) for name, uri in zip(names, uris, strict=True)]
     store, _ = storage.open_store(folder)
-    infos = store.get_file_info([storage.open_store(storage.join(folder, name))[1] for name in names])
-    return zip(names, infos, strict=True)
+    paths = [storage.open_store(uri)[1] for uri in uris]
+    infos = retrying(lambda: store.get_file_info(paths), f"look at shards in {folder}")
+    return [_shard_file(folder, name, info) for name, info in zip(names, infos, strict=True)]
+
+
+def _web_size(uri: str) -> int:
+    try:
+        return storage.size(uri)
+    except FileNotFoundError:
+        return -1
+
+
+def _shard_file(folder: str, name: str, info: Any) -> ShardFile:
+    uri = storage.join(folder, name)
+    if info.type != fs.FileType.File:
+        return ShardFile(name, uri, -1, None)
+    return ShardFile(name, uri, int(info.size), info.mtime_ns)
 
 
 def list_shards(url: str) -> Listing:
@@ -90,22 +113,13 @@ def list_shards(url: str) -> Listing:
     storage.scheme(url)
     folder, pattern = _split(url)
     alternatives = _expand(pattern)
-    found: dict[str, Any] = {}
-    for alternative in alternatives:
-        if any(letter in alternative for letter in _WILDCARDS):
-            found.update(_match(folder, alternative))
-    found.update(_named(folder, [name for name in alternatives if not any(letter in name for letter in _WILDCARDS)]))
-    files = [_shard_file(folder, name, info) for name, info in sorted(found.items()) if name.endswith(".tar")]
-    if not any(file.size >= 0 for file in files):
+    found = _named(folder, [name for name in alternatives if not _has_wildcard(name)])
+    for alternative in filter(_has_wildcard, alternatives):
+        found += _matching(folder, alternative)
+    files = {file.name: file for file in found if file.name.endswith(".tar")}
+    if not any(file.size >= 0 for file in files.values()):
         raise ConfigError(
             f"no *.tar shards in {url}; give the folder that holds them, or a pattern such as shard-{{0000..0123}}.tar "
             "(compressed archives are not supported)"
         )
-    return Listing(folder, pattern, files)
-
-
-def _shard_file(folder: str, name: str, info: Any) -> ShardFile:
-    uri = storage.join(folder, name)
-    if info.type != fs.FileType.File:
-        return ShardFile(name, uri, -1, None)
-    return ShardFile(name, uri, int(info.size), info.mtime_ns)
+    return Listing(folder, pattern, [files[name] for name in sorted(files)])

@@ -108,8 +108,12 @@ class ShardScanner:
     """Scans one shard; see `scan_shard`."""
 
     def __init__(self, file: ShardFile, *, label_field: str | None, inspect: Inspect | None) -> None:
+        from xxhash import xxh3_64, xxh3_64_intdigest
+
         self._file, self._label_field, self._inspect = file, label_field, inspect
+        self._hash_bytes, self._hash_pieces = xxh3_64_intdigest, xxh3_64
         self._samples: dict[str, _Sample] = {}
+        self._cut: str | None = None  # the sample in which the damage of the shard shows: its rest may be there
         self._findings: list[Finding] = []
         self._counts: Counter[Fault] = Counter()
 
@@ -137,6 +141,7 @@ class ShardScanner:
                         self._take(member, stream)
                     checksum = stream.checksum()
             except DamagedShardError as error:
+                self._cut = next(reversed(self._samples), None)
                 self._found(error.fault, error.what, offset=error.offset)
             except (OSError, ConfigError) as error:
                 self._found(Fault.UNREADABLE, f"it cannot be read: {error}")
@@ -167,23 +172,21 @@ class ShardScanner:
             self._take_metadata(sample, extension, member, stream)
 
     def _hash(self, key: str, member: Member, stream: ShardStream) -> int:
-        from xxhash import xxh3_64, xxh3_64_intdigest
-
         if self._inspect is None or member.size > _MAX_IMAGE_BYTES:
             if self._inspect is not None:
                 self._found(Fault.IMAGE, f"an image file of {member.size} bytes", key=key, offset=member.offset)
             if member.size <= WINDOW_BYTES:
-                return xxh3_64_intdigest(stream.take(member.size))
-            state = xxh3_64()
+                return self._hash_bytes(stream.take(member.size))
+            state = self._hash_pieces()
             for piece in stream.pieces(member.size):
                 state.update(piece)
-            return state.intdigest()
+            return int(state.intdigest())
         content = stream.read(member.size)
         try:
             self._inspect(content)
         except ImageError as error:
             self._found(Fault.IMAGE, f"the image {member.name!r}: {error}", key=key, offset=member.offset)
-        return xxh3_64_intdigest(content)
+        return self._hash_bytes(content)
 
     def _take_metadata(self, sample: _Sample, extension: str, member: Member, stream: ShardStream) -> None:
         """Read a label and the picture's source; what is wrong is kept until it is known whether this member counts."""
@@ -229,7 +232,7 @@ class ShardScanner:
         for key, sample in self._samples.items():
             images = image_extensions(sample.members)
             first = next(iter(sample.members.values())).offset
-            if sample.refused:
+            if sample.refused or (key == self._cut and not images):
                 continue
             if len(images) != 1:
                 fault, what = Fault.NO_IMAGE, f"its members {', '.join(sample.members)} hold no image"

@@ -171,8 +171,7 @@ def _not_a_tar(header: bytes) -> str:
 
 def _header_name(header: bytes) -> str:
     name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
+    return f"{_text(header[345:500])}/{name}" if header[345] and header[257:263] == b"ustar\0" else name
 
 
 class _TarWalk:
@@ -187,6 +186,8 @@ class _TarWalk:
     def header(self) -> tuple[bytes, int] | None:
         """The next header and the size that it states, or None at the two blocks that close the archive."""
         stream, offset = self.stream, self.stream.position
+        if stream.size < BLOCK:
+            raise self.damaged(Fault.NOT_A_TAR, 0, f"its {stream.size} bytes are less than one tar header")
         if offset + BLOCK > stream.size:
             what = "it ends without the two zero blocks that close a tar archive (cut short)"
             raise self.damaged(Fault.TRUNCATED, offset, what)

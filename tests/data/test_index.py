@@ -1,22 +1,23 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from hostile import image
 
 from crate_ray.config import ConfigError
-from crate_ray.data import Fault, ShardIndex, build_index, load_index, verify_shards
+from crate_ray.data import Fault, ShardIndex, build_index, load_index, map_with, verify_shards
 from crate_ray.data.shards import pack_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8cfc000000301010018dd8db00000000049454e44ae426082"
-)
+PNG = image(0, "PNG")
 
 
 def write(folder: Path, samples, name="a.tar") -> str:
@@ -153,3 +154,142 @@ def test_members_scattered_by_a_foreign_writer_become_one_sample(tmp_path):
     (tmp_path / "f.tar").write_bytes(stream.getvalue())
     index = indexed(str(tmp_path))
     assert dict(zip(index.column("key"), index.labels.tolist(), strict=True)) == {"x/1": 6, "x/2": 7}
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Four shards of five samples that someone else wrote."""
+    for shard in range(4):
+        rows = [{"__key__": f"k{shard}{i}", "png": PNG + bytes([shard, i]) * 300, "cls": str(i).encode()} for i in range(5)]
+        write(tmp_path / "theirs", rows, f"s{shard}.tar")
+    return tmp_path / "theirs"
+
+
+def test_an_index_of_ones_own_keeps_the_uris_of_shards_that_lie_elsewhere(theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index = indexed("theirs", out="mine")
+    monkeypatch.chdir("/")
+    index = load_index(str(tmp_path / "mine"))
+    assert index.shard_uris == [str(theirs / f"s{i}.tar") for i in range(4)]
+    assert "theirs/s1.tar" in index.locate(7)
+    assert sorted(path.name for path in theirs.iterdir()) == [f"s{i}.tar" for i in range(4)]
+    assert index.digest == indexed(str(theirs)).digest
+    assert verify_shards(str(tmp_path / "mine")).indexed
+    (theirs / "s9.tar").write_bytes((theirs / "s1.tar").read_bytes())
+    assert [(f.fault, f.shard) for f in verify_shards(str(tmp_path / "mine")).findings] == [(Fault.UNINDEXED, "s9.tar")]
+
+
+def test_a_folder_that_cannot_be_written_asks_for_another(theirs, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="choose a folder of your own with --out DIR"):
+        build_index(str(theirs), out=str(tmp_path / "file" / "mine"))
+
+
+def test_an_interrupted_indexing_reads_only_what_it_had_not_read(theirs):
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int, samples: int) -> None:
+        if done == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        build_index(str(theirs), progress=stop)
+    assert not list(theirs.glob("*.parquet"))
+    changed = theirs / "s1.tar"
+    write(theirs, [{"__key__": "new", "jpg": b"1", "cls": b"8"}], changed.name)
+    read = []
+    summary = build_index(
+        str(theirs), task_map=lambda function, tasks: (read.extend(tasks), enumerate(map(function, tasks)))[1]
+    )
+    assert [file.name for file in read] == ["s1.tar", "s3.tar"]  # the one that changed, and the one not reached
+    assert (summary.resumed_shards, summary.num_samples, summary.num_classes) == (2, 16, 9)
+    assert sorted(path.name for path in theirs.iterdir()) == [
+        "s0.tar",
+        "s1.tar",
+        "s2.tar",
+        "s3.tar",
+        "samples.parquet",
+        "shards.parquet",
+    ]
+    resumed = load_index(str(theirs))
+    again = indexed(str(theirs))
+    assert resumed.samples.equals(again.samples)
+    assert resumed.shards.equals(again.shards)
+
+
+def test_another_label_field_does_not_take_what_was_read_for_the_first(theirs):
+    write(theirs, [{"__key__": "j", "jpg": b"1", "cls": b"0", "json": b'{"label": 0, "other": 3}'}], "s0.tar")
+    (theirs / "s1.tar").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="not-a-tar"):
+        build_index(str(theirs))
+    index = indexed(str(theirs), label_field="other", skip_damaged=True)
+    assert index.labels.tolist() == [3, *range(5), *range(5)]
+
+
+def test_a_repaired_shard_is_the_only_one_read_after_a_refusal(theirs):
+    sound = (theirs / "s2.tar").read_bytes()
+    (theirs / "s2.tar").write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(ConfigError, match=r"1 faults.*\n  shard s2\.tar at byte"):
+        build_index(str(theirs))
+    (theirs / "s2.tar").write_bytes(sound)
+    assert build_index(str(theirs)).resumed_shards == 3
+
+
+def test_shards_read_in_any_order_give_the_same_index(theirs, tmp_path):
+    def backwards(function, tasks):
+        return ((i, function(tasks[i])) for i in reversed(range(len(tasks))))
+
+    first = indexed(str(theirs), out=str(tmp_path / "first"))
+    second = indexed(str(theirs), out=str(tmp_path / "second"), task_map=backwards)
+    assert first.samples.equals(second.samples)
+    assert (tmp_path / "first" / "samples.parquet").read_bytes() == (tmp_path / "second" / "samples.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_index(theirs, tmp_path):
+    first = indexed(str(theirs), out=str(tmp_path / "first"))
+    assert indexed(str(theirs), out=str(tmp_path / "second"), task_map=map_with(2)).samples.equals(first.samples)
+
+
+def test_an_index_of_an_earlier_release_is_read(theirs):
+    index = indexed(str(theirs))
+    shards = pq.read_table(theirs / "shards.parquet")
+    earlier = shards.select(["name", "bytes", "count", "checksum"])
+    metadata = {key: shards.schema.metadata[key] for key in (b"schema_version", b"num_classes")}
+    pq.write_table(earlier.replace_schema_metadata(metadata), theirs / "shards.parquet")
+    samples = pq.read_table(theirs / "samples.parquet")
+    pq.write_table(samples.replace_schema_metadata(metadata), theirs / "samples.parquet")
+    loaded = load_index(str(theirs))
+    assert loaded.digest == index.digest
+    assert loaded.shard_uris == index.shard_uris
+    assert verify_shards(str(theirs), decode=False).indexed
+
+
+def peak_mib(folder: Path, num_shards: int) -> tuple[float, int]:
+    """Peak memory of `crate-ray data index` on so many shards of 2,500 tiny samples, and its samples."""
+    rows = [{"__key__": f"key-{i:08d}", "jpg": b"1" * 40, "cls": b"7", "json": b'{"width": 500}'} for i in range(2500)]
+    packed = pack_shard(rows)
+    folder.mkdir()
+    (folder / "s-000000.tar").write_bytes(packed)
+    for number in range(1, num_shards):
+        (folder / f"s-{number:06d}.tar").hardlink_to(folder / "s-000000.tar")
+    code = (
+        "import resource, sys; from crate_ray.cli.main import main\n"
+        f"sys.argv = ['crate-ray', 'data', 'index', {str(folder)!r}, '--json']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-1]) / 1024, json.loads(done.stdout)["num_samples"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_index_as_large_as_imagenets_is_made_in_200_mib(tmp_path):
+    small, _ = peak_mib(tmp_path / "small", 4)
+    large, num_samples = peak_mib(tmp_path / "large", 513)
+    assert num_samples == 1_282_500
+    print(f"{small:.0f} MiB for 10,000 samples, {large:.0f} MiB for {num_samples:,}")
+    assert large < 200

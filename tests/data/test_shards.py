@@ -4,7 +4,7 @@ import tarfile
 import pytest
 
 from crate_ray.config import ConfigError
-from crate_ray.data.shards import image_extensions, pack_shard, runs_code, split_name
+from crate_ray.data.shards import pack_shard, split_name
 from crate_ray.data.tar import Member, ShardStream, walk_tar
 
 SAMPLES = [{"__key__": f"s{i}", "jpg": bytes([i]) * (700 + i), "cls": str(i).encode()} for i in range(5)]

@@ -12,8 +12,8 @@ from torchvision.io import ImageReadMode, decode_image
 from crate_ray.config import ConfigError
 from crate_ray.data import build_source, load_index, verify_shards
 from crate_ray.data.build import make_source
-from crate_ray.data.tar import ShardStream, walk_tar
 from crate_ray.data.sources.shapes import OUTLINES, draw
+from crate_ray.data.tar import ShardStream, walk_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
