@@ -1,7 +1,6 @@
 """`crate-ray data`: write shards, index those of others, audit them, and show which rank reads which sample.
 
-In: sources and folders of shards. Out: shards with their index, or tables about them. `plan` calls the functions
-that the reader calls, so what it prints is what a run reads.
+In: sources and folders of shards. Out: shards with their index, or tables about them. `plan` has a module of its own.
 """
 
 import shlex
@@ -15,6 +14,7 @@ from rich.markup import escape
 from crate_ray import storage
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
+from crate_ray.cli.plan import plan
 from crate_ray.cli.progress import count_progress
 from crate_ray.config import ConfigError, DataConfig
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, index, audit and inspect shards of images.")
 
-Url = Annotated[str, typer.Argument(help="Folder or URL of one split: *.tar shards with their index.")]
-
 Shards = Annotated[str, typer.Argument(help="Folder of *.tar, one shard, or a pattern: 'in-{0000..0123}.tar', 'part-*.tar'.")]
 LabelField = Annotated[str | None, typer.Option(help="Field of KEY.json that holds the label; by default KEY.cls, then label.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine, one shard each at a time.")]
@@ -32,8 +30,6 @@ Parallel = Annotated[bool, typer.Option("--parallel", help="One task a shard on 
 
 _MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 _SHOWN_FINDINGS = 200
-_SHOWN_ROWS = 64
-_SHOWN_KEYS = 3
 _RECIPES = {"imagenet": "imagenet_crate_mae_base"}
 _DEFAULT_RECIPE = "digits_crate_mae"
 _DEFAULT_PLACE = ("digits", "data/digits")  # what that recipe reads without being told
@@ -140,30 +136,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("plan")
-def plan(
-    url: Url,
-    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Workers.")] = 1,
-    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Images a step, over all workers.")] = 64,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to show.")] = 1,
-    cursor: Annotated[int, typer.Option("--cursor", min=0, help="Images consumed before; epochs follow one another.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="train.seed of the run.")] = 0,
-    lanes: Annotated[int, typer.Option(min=1, help="data.lanes of the run.")] = DataConfig.model_fields["lanes"].default,
-    window: Annotated[int, typer.Option(min=1, help="data.window of the run.")] = DataConfig.model_fields["window"].default,
-    as_json: Json = False,
-) -> None:
-    """Show which rank reads which sample when."""
-    from crate_ray.data import SampleOrder, load_index
-
-    found = load_index(url)
-    order = SampleOrder(found.shard_sizes, seed=seed, lanes=lanes, window=window)
-    cursors = range(cursor, cursor + steps * global_batch, global_batch)
-    planned = [_plan_step(found, order, at, world_size, global_batch) for at in cursors]
-    body = {"coverage": _coverage(found, planned), "steps": planned}
-    if as_json:
-        print_json({"url": url, "digest": found.digest, "world_size": world_size, "global_batch": global_batch, **body})
-    else:
-        _print_plan(body)
+app.command("plan")(plan)
 
 
 def _task_map(workers: int, parallel: bool) -> "TaskMap":
@@ -231,67 +204,3 @@ def _next_command(summary: "BuildSummary") -> str:
     if recipe == _DEFAULT_RECIPE and kind != "digits":  # the recipe's model on other pictures: under their name, and augmented
         command += ["--set", f"recipe={kind}", "--set", "data.augment=random_resized_crop"]
     return shlex.join(command)
-
-
-def _plan_step(index: "ShardIndex", order: Any, cursor: int, world_size: int, global_batch: int) -> dict[str, Any]:
-    """What every rank reads in the step at a cursor."""
-    from crate_ray import data
-
-    batch = data.global_batch(order, cursor=cursor, size=global_batch)
-    keys, shards = index.samples["key"], index.shard_of
-    ranks = []
-    for rank in range(world_size):
-        share = data.rank_slice(rank, world_size, global_batch)
-        ids = batch.sample_ids[share.start : share.stop]
-        ranks.append(
-            {
-                "rank": rank,
-                "keys": keys.take(ids).to_pylist(),
-                "sample_ids": ids.tolist(),
-                "epochs": batch.epochs[share.start : share.stop].tolist(),
-                "shards": sorted({index.shard_names[shard] for shard in shards[ids]}),
-                "padding": share.padded - (share.stop - share.start),
-            }
-        )
-    return {"cursor": cursor, "ranks": ranks}
-
-
-def _coverage(index: "ShardIndex", steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """How much of the data the steps read, and whether a sample comes twice in one epoch (it never should)."""
-    ranks = [rank for step in steps for rank in step["ranks"]]
-    reads = [pair for rank in ranks for pair in zip(rank["epochs"], rank["sample_ids"], strict=True)]
-    per_step = [len({shard for rank in step["ranks"] for shard in rank["shards"]}) for step in steps]
-    return {
-        "reads": len(reads),
-        "distinct_samples": len({sample for _, sample in reads}),
-        "num_samples": index.num_samples,
-        "duplicates_within_an_epoch": len(reads) - len(set(reads)),
-        "epochs": sorted({epoch for epoch, _ in reads}),
-        "shards_touched": len({shard for rank in ranks for shard in rank["shards"]}),
-        "num_shards": len(index.shard_names),
-        "most_shards_in_a_step": max(per_step),
-    }
-
-
-def _print_plan(body: dict[str, Any]) -> None:
-    rows = [
-        [str(number), str(rank["rank"]), str(len(rank["keys"])), str(len(rank["shards"])), _some(rank["keys"])]
-        for number, step in enumerate(body["steps"])
-        for rank in step["ranks"]
-    ]
-    print_table(("step", "rank", "images", "shards", "keys"), rows[:_SHOWN_ROWS])
-    if len(rows) > _SHOWN_ROWS:
-        console.print(f"... {len(rows) - _SHOWN_ROWS} more rows; --json gives all of them with every key")
-    c = body["coverage"]
-    console.print(
-        f"{c['reads']:,} reads of {c['distinct_samples']:,} of {c['num_samples']:,} images in epoch "
-        f"{'-'.join(str(e) for e in sorted({c['epochs'][0], c['epochs'][-1]}))}; "
-        f"{c['duplicates_within_an_epoch']} read twice in one epoch; "
-        f"{c['shards_touched']} of {c['num_shards']} shards touched, at most {c['most_shards_in_a_step']} in a step",
-        soft_wrap=not console.is_terminal,
-    )
-
-
-def _some(keys: list[str]) -> str:
-    rest = len(keys) - _SHOWN_KEYS
-    return escape(" ".join(keys[:_SHOWN_KEYS])) + (f" +{rest}" if rest > 0 else "")

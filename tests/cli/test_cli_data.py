@@ -1,10 +1,9 @@
 import json
 import shutil
-from itertools import islice
 
 import pytest
 
-from crate_ray.data import build_source, load_index, open_reader
+from crate_ray.data import build_source, load_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
@@ -78,51 +77,6 @@ def test_verify_without_shards_is_an_error(invoke, tmp_path):
     result = invoke("data", "verify", tmp_path)
     assert result.code == 2
     assert "no *.tar shards" in result.err
-
-
-def _plan(invoke, url, world_size, *, steps=6, batch=8, cursor=0):
-    result = invoke(
-        "data", "plan", url, "--world-size", world_size, "--global-batch", batch, "--steps", steps, "--cursor", cursor, "--json"
-    )
-    assert result.code == 0
-    return json.loads(result.out)
-
-
-def test_a_plan_of_one_epoch_reads_every_key_once(invoke, shapes):
-    plan = _plan(invoke, shapes / "train", 3)
-    keys = [key for step in plan["steps"] for rank in step["ranks"] for key in rank["keys"]]
-    assert sorted(keys) == sorted(load_index(str(shapes / "train")).samples["key"].to_pylist())
-    assert plan["coverage"]["duplicates_within_an_epoch"] == 0
-    assert plan["coverage"]["distinct_samples"] == plan["coverage"]["num_samples"] == 48
-
-
-def test_the_global_batches_do_not_depend_on_the_number_of_ranks(invoke, shapes):
-    def batches(world_size):
-        plan = _plan(invoke, shapes / "train", world_size)
-        return [[key for rank in step["ranks"] for key in rank["keys"]] for step in plan["steps"]]
-
-    assert batches(1) == batches(3) == batches(8)
-
-
-def test_a_plan_is_what_the_reader_hands_out(invoke, shapes):
-    url = str(shapes / "train")
-    plan = _plan(invoke, url, 3, steps=2, batch=16, cursor=40)
-    for rank in range(3):
-        with open_reader(url, global_batch=16, rank=rank, world_size=3, cursor=40, image_size=16) as reader:
-            read = [batch.sample_ids_B[batch.weights_B > 0].tolist() for batch in islice(reader, 2)]
-        assert read == [step["ranks"][rank]["sample_ids"] for step in plan["steps"]]
-
-
-def test_a_plan_for_people_sums_up_coverage(invoke, shapes):
-    result = invoke("data", "plan", shapes / "train", "--world-size", 2, "--global-batch", 8, "--steps", 40)
-    assert "0 read twice in one epoch" in result.out
-    assert "16 more rows" in result.out
-
-
-def test_a_plan_with_more_ranks_than_images_is_refused(invoke, shapes):
-    result = invoke("data", "plan", shapes / "train", "--world-size", 9, "--global-batch", 8)
-    assert result.code == 2
-    assert "9 workers cannot share a global batch of 8" in result.err
 
 
 def test_the_next_command_for_other_pictures_is_not_the_digits_run(invoke, tmp_path):
