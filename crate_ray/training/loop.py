@@ -35,7 +35,7 @@ from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, re
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep
-from crate_ray.training.throughput import Throughput, peak_memory_gib
+from crate_ray.training.throughput import LoaderWatch, Throughput, longest_wait, peak_memory_gib
 from crate_ray.training.whitebox import WhiteboxMonitor
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,10 @@ class Trainer:
             else None
         )
         self.sink: MetricSink = RecordWriter(folder, context.attempt) if context.rank == 0 else NullSink()
-        self.throughput = Throughput(config.train.global_batch)
+        self.throughput = Throughput(config.train.global_batch, self.device)
+        self.loader_watch = LoaderWatch(
+            num_loaders=config.data.num_loaders, images_per_step=config.train.global_batch / context.world_size
+        )
         self.is_stopping = False
         self.is_saving = False
         self._pending: deque[PendingOutcome] = deque()
@@ -187,14 +190,13 @@ class Trainer:
         if self.step == self.total:  # stopped between the last checkpoint and the final numbers
             self._evaluate()
         while self.step < self.total and not self.is_stopping:
-            started = time.perf_counter()
-            batch = next(self.reader)
-            wait_s = time.perf_counter() - started
+            with self.throughput.waiting():
+                batch = next(self.reader)
             lr = self._learning_rate()
             pending = self.train_step(batch, lr=lr, stop=self.context.stop_requested(), save=self._is_save_time())
             self.step += 1
             self._settle(pending)
-            self.train_seconds += self.throughput.step_done(wait_s)
+            self.train_seconds += self.throughput.step_done()
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
                 self._log(lr)
@@ -250,6 +252,9 @@ class Trainer:
 
     def _log(self, lr: float) -> None:
         outcomes, self._outcomes = self._outcomes, []
+        window = longest_wait(self.throughput.window(), world_size=self.context.world_size, device=self.device)
+        if (advice := self.loader_watch.look(window)) and self.context.rank == 0:
+            log.warning("%s", advice)
         values = {
             "train/loss": sum(o.loss for o in outcomes) / len(outcomes),
             "train/grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
@@ -257,7 +262,7 @@ class Trainer:
             "data/epoch": self.reader.state_dict()["cursor"] / self.num_samples,
             "data/replaced_samples": self.reader.replaced_samples,
             "memory/peak_gib": peak_memory_gib(self.device),
-            **self.throughput.window(),
+            **window.metrics(self.config.train.global_batch),
         }
         self.sink.write(self.step, values)
 
