@@ -73,7 +73,7 @@ class Study:
         self._mirror.follow(folder)
 
     def _started(self, folder: RunFolder, config: RunConfig) -> None:
-        from crate_ray.data import load_index
+        from crate_ray.data import load_source
         from crate_ray.training.checkpoint import latest_checkpoint
         from crate_ray.training.schedule import total_steps
 
@@ -82,7 +82,7 @@ class Study:
         if held is not None:
             errors.print(f"{folder.name}: resuming from step {held.step}", soft_wrap=True)
         status = read_status(folder)
-        total = total_steps(config, load_index(config.data.train).num_samples)
+        total = total_steps(config, load_source(config.data.source).num_samples)
         self._progress.follow(folder, total=total, attempt=status.attempt if status else 1)
 
 

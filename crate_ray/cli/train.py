@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from crate_ray.cli.arguments import Json, Set
 from crate_ray.cli.output import console, print_json, print_table
@@ -79,15 +80,16 @@ def plan(config: RunConfig, *, as_json: bool) -> None:
     """Prints what a run would be; reads the data's index and writes nothing."""
     import math
 
-    from crate_ray.data import load_index
+    from crate_ray.data import load_source
     from crate_ray.models.cost import count_parameters, training_flops_per_image
     from crate_ray.training.prepare import absolute_paths, locate_run
     from crate_ray.training.schedule import total_steps, warmup_steps
 
     config = absolute_paths(config)
     folder = locate_run(config)
-    samples = load_index(config.data.train).num_samples
+    samples = load_source(config.data.source).num_samples
     steps = total_steps(config, samples)
+    mix = _plan_mix(config, steps * config.train.global_batch)
     rows = math.ceil(config.train.global_batch / config.scale.num_workers)
     parameters = count_parameters(config.model)
     flops = training_flops_per_image(config.model)
@@ -108,7 +110,25 @@ def plan(config: RunConfig, *, as_json: bool) -> None:
         "training_pflops": round(flops * steps * config.train.global_batch / 1e15, 4),
     }
     if as_json:
-        print_json({**facts, "config": config.model_dump(mode="json")})
+        print_json({**facts, **({"mix": mix} if mix else {}), "config": config.model_dump(mode="json")})
         return
     print_table(("", "value"), [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items()])
+    if mix:
+        print_table(
+            ("data set", "images", "share", "epochs"),
+            [(escape(row["train"]), f"{row['samples']:,}", f"{row['share']:.4f}", f"{row['epochs']:.2f}") for row in mix],
+        )
     console.print(dump_yaml(config), soft_wrap=True, markup=False)
+
+
+def _plan_mix(config: RunConfig, images: int) -> list[dict[str, Any]]:
+    """What a run of so many images reads of each data set of its mix; nothing of a run without a mix."""
+    from crate_ray.data import load_index
+
+    parts = config.data.mix or ()
+    total = sum(part.weight for part in parts)
+    sizes = [load_index(part.train).num_samples for part in parts]
+    return [
+        {"train": part.train, "samples": size, "share": part.weight / total, "epochs": images * part.weight / total / size}
+        for part, size in zip(parts, sizes, strict=True)
+    ]

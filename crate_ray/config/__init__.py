@@ -3,6 +3,7 @@
 from crate_ray.config.base import SCHEMA_VERSION, ConfigError, Frozen, nearest
 from crate_ray.config.identity import compare_parts, digest, fingerprint, flatten, resume_parts, run_name
 from crate_ray.config.load import apply_override, dump_yaml, load_model, load_run, read_yaml, recipe_names
+from crate_ray.config.mix import MAX_PERIOD, MixPart, whole_weights
 from crate_ray.config.model import PRESETS, ModelConfig, preset_values
 from crate_ray.config.run import (
     CheckpointConfig,
@@ -18,6 +19,7 @@ from crate_ray.config.run import (
 )
 
 __all__ = [
+    "MAX_PERIOD",
     "PRESETS",
     "SCHEMA_VERSION",
     "CheckpointConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "Frozen",
+    "MixPart",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
@@ -47,4 +50,5 @@ __all__ = [
     "recipe_names",
     "resume_parts",
     "run_name",
+    "whole_weights",
 ]

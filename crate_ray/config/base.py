@@ -75,6 +75,13 @@ def _explain(root: type[BaseModel], item: Any) -> str:
     return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The model classes that an annotation names, at any depth of unions and lists."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
 def _section(root: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
     """The model class that holds the key, following the location that pydantic gives."""
     current = root
@@ -82,8 +89,7 @@ def _section(root: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
         field = current.model_fields.get(str(part))
         if field is None:
             break
-        candidates = [field.annotation, *get_args(field.annotation)]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        nested = _models_in(field.annotation)
         if not nested:
             break
         current = nested[0]

@@ -15,7 +15,7 @@ from crate_ray.config.run import RunConfig
 # Part of the run's identity: everything that decides which numbers come out. Not scale, storage,
 # tracking, cadence, loaders or micro-batch: those may change while the run goes on.
 _NOT_IN_DATA = {
-    *("train", "eval", "test"),  # the digest of their content counts
+    *("train", "mix", "eval", "test"),  # the digest of their content counts
     *("num_loaders", "loader_timeout_s", "cache_dir", "cache_bytes"),
     *("max_pixels", "on_error", "max_replaced_fraction"),
 }

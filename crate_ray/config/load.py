@@ -134,6 +134,8 @@ def apply_override(values: dict[str, Any], item: str) -> None:
 
 
 _ALTERNATIVES = {
+    "train": "mix",
+    "mix": "train",
     "lr": "base_lr",
     "base_lr": "lr",
     "steps": "epochs",

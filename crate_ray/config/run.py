@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from crate_ray.config.base import ConfigError, Frozen
+from crate_ray.config.mix import MixPart, check_mix
 from crate_ray.config.model import ModelConfig
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -18,7 +19,10 @@ Positive = Annotated[float, Field(gt=0)]
 class DataConfig(Frozen):
     """Shards, their order, and what is done to an image."""
 
-    train: str = Field(description="folder or URL of the training shards with their index")
+    train: str | None = Field(None, description="folder or URL of the training shards with their index")
+    mix: tuple[MixPart, ...] | None = Field(
+        None, description="instead of train: several, read in the ratio of their weights: [{train: URL, weight: 2.0}, ...]"
+    )
     eval: str | None = Field(None, description="validation shards: evaluation, kNN and every choice read these")
     test: str | None = Field(None, description="test shards: read by `probe --test` and `compare` only")
     num_loaders: int = Field(2, ge=0, le=256, description="loader threads a worker; 0 decodes in the training thread")
@@ -42,6 +46,20 @@ class DataConfig(Frozen):
     )
 
     @property
+    def source(self) -> str | tuple[MixPart, ...]:
+        """What is trained on: `train`, or the parts of `mix`."""
+        if self.mix is not None:
+            return self.mix
+        assert self.train is not None
+        return self.train
+
+    @property
+    def train_urls(self) -> tuple[str, ...]:
+        """Every folder of training shards."""
+        source = self.source
+        return (source,) if isinstance(source, str) else tuple(part.train for part in source)
+
+    @property
     def is_mixing(self) -> bool:
         """Whether images are mixed in pairs."""
         return self.mixup_alpha is not None or self.cutmix_alpha is not None
@@ -58,6 +76,21 @@ class DataConfig(Frozen):
         if value is not None and not value.startswith(("/", "~")):
             raise ValueError("cache_dir is a folder on the disk of every node, so its path is absolute: /scratch/crate-ray")
         return value
+
+    @field_validator("mix")
+    @classmethod
+    def _orderable(cls, value: tuple[MixPart, ...] | None) -> tuple[MixPart, ...] | None:
+        if value is not None:
+            check_mix(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.train is None) == (self.mix is None):
+            raise ValueError(
+                "give exactly one of data.train (a folder of shards) and data.mix (several: [{train: URL, weight: 1.0}, ...])"
+            )
+        return self
 
     @field_validator("crop_scale")
     @classmethod

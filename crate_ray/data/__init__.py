@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from crate_ray.data.findings import DamagedDataError, Fault, Finding
     from crate_ray.data.index import ShardIndex, load_index
     from crate_ray.data.indexing import IndexSummary, build_index
+    from crate_ray.data.mix import Source, load_source, with_classes
     from crate_ray.data.order import SampleOrder, epoch_order, global_batch, rank_slice
     from crate_ray.data.reader import Batch, Reader, open_reader, read_all, read_masks
     from crate_ray.data.verify import Audit, verify_shards
@@ -27,18 +28,21 @@ __all__ = [
     "Reader",
     "SampleOrder",
     "ShardIndex",
+    "Source",
     "TaskMap",
     "build_index",
     "build_source",
     "epoch_order",
     "global_batch",
     "load_index",
+    "load_source",
     "map_with",
     "open_reader",
     "rank_slice",
     "read_all",
     "read_masks",
     "verify_shards",
+    "with_classes",
 ]
 
 _MODULES = {
@@ -46,6 +50,7 @@ _MODULES = {
     "findings": ("DamagedDataError", "Fault", "Finding"),
     "index": ("ShardIndex", "load_index"),
     "indexing": ("IndexSummary", "build_index"),
+    "mix": ("Source", "load_source", "with_classes"),
     "order": ("SampleOrder", "epoch_order", "global_batch", "rank_slice"),
     "reader": ("Batch", "Reader", "open_reader", "read_all", "read_masks"),
     "verify": ("Audit", "verify_shards"),

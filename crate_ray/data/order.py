@@ -24,6 +24,7 @@ stably by lane; rank r of W takes rows [r B // W, (r + 1) B // W).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +37,28 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The rows of one global batch, in lane order: three int64 arrays of length B."""
+    """Rows of an order, such as those of one global batch in lane order: three int64 arrays of length B."""
 
     sample_ids: Int64Array
     epochs: Int64Array
     lanes: Int64Array
+
+
+class Order(Protocol):
+    """What the reader needs of an order; `num_samples` are those of all data sets together."""
+
+    lanes: int
+    window: int
+    num_samples: int
+
+    def rows(self, cursor: int, size: int) -> GlobalBatch:
+        """The rows of the `size` positions from a cursor on, in their order."""
+
+    def progress(self, cursor: int) -> tuple[float, ...]:
+        """Passes over each data set at a cursor."""
+
+    def order_epochs(self, epochs: Sequence[int]) -> None:
+        """Order an epoch of each data set now, so that it is there when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -135,24 +153,35 @@ class SampleOrder:
                         del self._epochs[old]
             return self._epochs[epoch]
 
+    def rows(self, cursor: int, size: int) -> GlobalBatch:
+        """The rows of the `size` positions from a cursor on, in their order."""
+        epochs, within = np.divmod(np.arange(cursor, cursor + size, dtype=np.int64), self.num_samples)
+        sample_ids = np.empty(size, dtype=np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            rows = epochs == epoch
+            sample_ids[rows] = self.epoch(epoch)[within[rows]]
+        return GlobalBatch(sample_ids, epochs, within % self.lanes)
 
-def global_batch(order: SampleOrder, *, cursor: int, size: int) -> GlobalBatch:
+    def progress(self, cursor: int) -> tuple[float, ...]:
+        """Passes over the data set at a cursor."""
+        return (cursor / self.num_samples,)
+
+    def order_epochs(self, epochs: Sequence[int]) -> None:
+        """Order an epoch now, so that it is there when it is asked for."""
+        self.epoch(epochs[0])
+
+
+def global_batch(order: Order, *, cursor: int, size: int) -> GlobalBatch:
     """Return the rows of the global batch at a cursor, in lane order.
 
     Args:
-        order: The order of the data set.
-        cursor: Samples consumed so far over all epochs; the epoch is `cursor // N`.
+        order: The order of the data set or sets.
+        cursor: Samples consumed so far over all epochs.
         size: Global batch B, at least 1; may span several epochs.
     """
-    positions = np.arange(cursor, cursor + size, dtype=np.int64)
-    epochs, within = np.divmod(positions, order.num_samples)
-    sample_ids = np.empty(size, dtype=np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        rows = epochs == epoch
-        sample_ids[rows] = order.epoch(epoch)[within[rows]]
-    lanes = within % order.lanes
-    rows = np.argsort(lanes, kind="stable")
-    return GlobalBatch(sample_ids[rows], epochs[rows], lanes[rows])
+    found = order.rows(cursor, size)
+    rows = np.argsort(found.lanes, kind="stable")
+    return GlobalBatch(found.sample_ids[rows], found.epochs[rows], found.lanes[rows])
 
 
 def rank_slice(rank: int, world_size: int, global_batch_size: int) -> RankSlice:

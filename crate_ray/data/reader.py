@@ -27,6 +27,7 @@ from crate_ray.data.cache import ShardCache
 from crate_ray.data.images import DEFAULT_MAX_PIXELS, Augmentation
 from crate_ray.data.index import load_index
 from crate_ray.data.loaders import LoaderThreads
+from crate_ray.data.mix import Source, load_ordered, load_source
 from crate_ray.data.samples import Ids, SampleLoader, Transform
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class Reader:
     def __init__(
         self,
         loader: SampleLoader,
-        order: orders.SampleOrder,
+        order: orders.Order,
         *,
         batch_size: int,
         rank: int,
@@ -225,13 +226,14 @@ class Reader:
 
     def _plan(self, cursor: int) -> Iterator[tuple[Ids, Ids]]:
         """Sample ids and epochs of this rank's batches from a position on; the next epoch is ordered in the background."""
-        mine, ordered = slice(self._slice.start, self._slice.stop), -1
+        mine, ordered = slice(self._slice.start, self._slice.stop), [-1]
         while True:
             rows = orders.global_batch(self._order, cursor=cursor, size=self._batch_size)
             cursor += self._batch_size
-            if self._ahead.threads is not None and cursor // self._order.num_samples > ordered:
-                ordered = cursor // self._order.num_samples
-                self._ahead.threads.submit(self._order.epoch, ordered + 1)
+            upcoming = [int(passes) + 1 for passes in self._order.progress(cursor)]
+            if self._ahead.threads is not None and upcoming != ordered:
+                ordered = upcoming
+                self._ahead.threads.submit(self._order.order_epochs, upcoming)
             yield np.ascontiguousarray(rows.sample_ids[mine]), np.ascontiguousarray(rows.epochs[mine])
 
     def __next__(self) -> Batch:
@@ -256,9 +258,14 @@ class Reader:
         if self.replaced_samples > allowed:
             raise ConfigError(
                 f"{self.replaced_samples} of {self._delivered} samples could not be read and were replaced, more than "
-                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; see "
-                f"`crate-ray data verify {self._loader.index.url}`"
+                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; `crate-ray data verify` shows which, of "
+                f"{self._loader.index.url}"
             )
+
+    @property
+    def epochs(self) -> tuple[float, ...]:
+        """Passes over each data set so far, by all ranks."""
+        return self._order.progress(self._cursor)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch handed out: all that a resumed run needs, with any number of ranks."""
@@ -281,7 +288,7 @@ class Reader:
 
 
 def open_reader(
-    url: str,
+    source: Source,
     *,
     global_batch: int,
     image_size: int,
@@ -304,10 +311,10 @@ def open_reader(
     cache_dir: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Reader:
-    """Open a folder of shards for training.
+    """Open a folder of shards, or several, for training.
 
     Args:
-        url: Folder of shards with their index, local or remote.
+        source: Folder of shards with their index, local or remote; or the parts of a mix.
         global_batch: Samples B a step over all ranks.
         image_size: Side S of the images handed out, pixels.
         rank: This process, 0 <= rank < world_size.
@@ -340,11 +347,11 @@ def open_reader(
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small; it is at least {least}")
-    index = load_index(url)
+    index, order = load_ordered(source, seed=seed, lanes=lanes, window=window)
     transform = Transform(image_size, augment, crop_scale, flip, noise_size, seed, max_pixels)
     return Reader(
         SampleLoader(index, transform, replace=on_error == "replace", cache=_open_cache(cache_dir, cache_bytes)),
-        orders.SampleOrder(index.shard_sizes, seed=seed, lanes=lanes, window=window),
+        order,
         batch_size=global_batch,
         rank=rank,
         world_size=world_size,
@@ -361,7 +368,7 @@ def _open_cache(cache_dir: str | None, cache_bytes: int) -> ShardCache | None:
 
 
 def read_all(
-    url: str,
+    source: Source,
     *,
     batch_size: int,
     image_size: int,
@@ -381,7 +388,7 @@ def read_all(
     compared must not rest on a stand-in.
 
     Args:
-        url: Folder of shards with their index.
+        source: Folder of shards with their index; or the parts of a mix, in the order of their combined index.
         batch_size: Samples in a batch.
         image_size: Side S of the images handed out, pixels.
         num_loaders: Threads; 0 reads in the calling thread.
@@ -394,7 +401,7 @@ def read_all(
         cache_dir: As in `open_reader`.
         cache_bytes: As in `open_reader`.
     """
-    index = load_index(url)
+    index = load_source(source)
     ids = np.arange(index.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
     transform = Transform(image_size, noise_size=noise_size, seed=seed, max_pixels=max_pixels)
     loader = SampleLoader(index, transform, replace=False, cache=_open_cache(cache_dir, cache_bytes))

@@ -101,7 +101,7 @@ def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]
         "mask_ratio": model.mask_ratio if model.num_classes is None else "none",
         "ista_step_size": model.ista_step_size if model.family == "crate" else "none",
         "ista_lambda": model.ista_lambda if model.family == "crate" else "none",
-        "dataset": dataset_name(config.data.train),
+        "dataset": "+".join(dataset_name(url) for url in config.data.train_urls),
         "global_batch": config.train.global_batch,
         "lr": config.optimizer.peak_lr(config.train.global_batch),
         "wd": config.optimizer.weight_decay,

@@ -5,6 +5,7 @@ on the number of workers. Masks are drawn from (seed 0, sample), the same for ev
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from crate_ray.config import RunConfig
-from crate_ray.data import Batch, ShardIndex, load_index, read_all
+from crate_ray.data import Batch, ShardIndex, Source, load_index, load_source, read_all, with_classes
 from crate_ray.evaluation.features import Features, extract_features
 from crate_ray.evaluation.probes import knn_top1
 from crate_ray.models import Classifier, MaskedAutoencoder
@@ -42,7 +43,6 @@ class Evaluator:
         self._eval_url = config.data.eval
         self._eval_index = load_index(self._eval_url)
         self._eval_ids = spread_ids(self._eval_index.num_samples, config.eval.max_images)
-        self._train_index: ShardIndex | None = None
 
     @torch.inference_mode()
     def metrics(self, model: Model) -> dict[str, float]:
@@ -58,14 +58,12 @@ class Evaluator:
         return {f"eval/{name}": float(total / totals[0]) for name, total in zip(objective.measures, totals[1:], strict=True)}
 
     def knn(self, model: Model) -> float | None:
-        """Accuracy of kNN for validation images among labelled training images; None without labels."""
-        if self._train_index is None:
-            self._train_index = load_index(self._config.data.train)
-        if self._train_index.labels.min() < 0 or self._eval_index.labels.min() < 0:
+        """Accuracy of kNN for validation images among labelled training images of the same classes; None without any."""
+        if self._bank is None or self._eval_index.labels.min() < 0:
             return None
-        train_ids = spread_ids(self._train_index.num_samples, self._config.eval.knn_images)
+        source, index = self._bank
         model.eval()
-        bank = self._features(model, self._config.data.train, train_ids)
+        bank = self._features(model, source, spread_ids(index.num_samples, self._config.eval.knn_images))
         queries = self._features(model, self._eval_url, self._eval_ids)
         model.train()
         return knn_top1(
@@ -75,11 +73,18 @@ class Evaluator:
             torch.from_numpy(queries.labels_N),
         )
 
-    def _features(self, model: Model, url: str, ids: Ids) -> Features:
+    @cached_property
+    def _bank(self) -> tuple[Source, ShardIndex] | None:
+        """What kNN looks among; None where not all of it is labelled."""
+        source = with_classes(self._config.data.source, self._eval_index.num_classes)
+        index = None if source is None else load_source(source)
+        return None if source is None or index is None or index.labels.min() < 0 else (source, index)
+
+    def _features(self, model: Model, source: Source, ids: Ids) -> Features:
         if len(ids) <= self._rank:  # fewer images than workers: this one has none
             mine = _no_features(self._config.model.width)
         else:
-            mine = encode_images(model, self._config, url, precision=self._precision, sample_ids=self._mine(ids))
+            mine = encode_images(model, self._config, source, precision=self._precision, sample_ids=self._mine(ids))
         if self._world_size == 1:
             return mine
         parts: list[Features] = [mine] * self._world_size
@@ -109,10 +114,10 @@ def measure_images(
         objective.train()
 
 
-def read_images(config: RunConfig, url: str, *, sample_ids: Ids | None = None, noise: bool = False) -> Iterator[Batch]:
+def read_images(config: RunConfig, source: Source, *, sample_ids: Ids | None = None, noise: bool = False) -> Iterator[Batch]:
     """One pass over images as the run's model sees them, unaugmented; with the fixed mask noise where it is asked for."""
     return read_all(
-        url,
+        source,
         batch_size=EVAL_BATCH,
         image_size=config.model.image_size,
         num_loaders=config.data.num_loaders,
@@ -122,10 +127,12 @@ def read_images(config: RunConfig, url: str, *, sample_ids: Ids | None = None, n
     )
 
 
-def encode_images(model: Model, config: RunConfig, url: str, *, precision: str, sample_ids: Ids | None = None) -> Features:
+def encode_images(
+    model: Model, config: RunConfig, source: Source, *, precision: str, sample_ids: Ids | None = None
+) -> Features:
     """Features of the images under the precision that the run trains in."""
     device = next(model.parameters()).device
-    batches = read_images(config, url, sample_ids=sample_ids)
+    batches = read_images(config, source, sample_ids=sample_ids)
     with autocast(precision, device):
         return extract_features(model, batches, mean=config.data.mean, std=config.data.std, device=device)
 

@@ -6,7 +6,7 @@ Everything that can refuse a run refuses it here, before a cluster is touched.
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, RunConfig, digest, fingerprint, resume_parts
+from crate_ray.config import ConfigError, RunConfig, digest, fingerprint, resume_parts, whole_weights
 from crate_ray.data import load_index
 from crate_ray.runs import RunFolder, find_run, open_run
 from crate_ray.training.first_weights import check_first_weights, pin_weights
@@ -16,7 +16,11 @@ from crate_ray.training.precision import resolve_precision
 def absolute_paths(config: RunConfig) -> RunConfig:
     """The same configuration with local paths that hold in any working directory."""
     data, train = config.data, config.train
-    paths = {key: storage.absolute(url) for key in ("train", "eval", "test") if (url := getattr(data, key)) is not None}
+    paths: dict[str, Any] = {
+        key: storage.absolute(url) for key in ("train", "eval", "test") if (url := getattr(data, key)) is not None
+    }
+    if data.mix is not None:
+        paths["mix"] = tuple(part.model_copy(update={"train": storage.absolute(part.train)}) for part in data.mix)
     weights = {} if train.init_from is None else {"init_from": storage.absolute(train.init_from)}
     return config.model_copy(
         update={
@@ -28,8 +32,13 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def data_digest(config: RunConfig) -> str:
-    """Digest of the training and validation shards: names, sizes and contents, never where they lie."""
-    parts: dict[str, Any] = {"train": load_index(config.data.train).digest}
+    """Digest of the training and validation shards: names, sizes and contents, never where they lie; of a mix, the weights."""
+    source = config.data.source
+    if isinstance(source, str):
+        parts: dict[str, Any] = {"train": load_index(source).digest}
+    else:
+        weights = whole_weights([part.weight for part in source])
+        parts = {"mix": [[load_index(part.train).digest, weight] for part, weight in zip(source, weights, strict=True)]}
     if config.data.eval is not None:
         parts["eval"] = load_index(config.data.eval).digest
     return digest(parts)
@@ -44,22 +53,35 @@ def check_labels(config: RunConfig) -> None:
     num_classes = config.model.num_classes
     if config.task != "classify" or num_classes is None:
         return
-    for key in ("train", "eval", "test"):
-        url = getattr(config.data, key)
+    _check_same_classes(config)
+    urls = {f"data.{key}": getattr(config.data, key) for key in ("train", "eval", "test")}
+    urls |= {f"data.mix.{number}.train": part.train for number, part in enumerate(config.data.mix or ())}
+    for key, url in urls.items():
         if url is None:
             continue
         labels = load_index(url).labels
         unlabelled = int((labels < 0).sum())
         if unlabelled:
             raise ConfigError(
-                f"data.{key} = '{url}': {unlabelled:,} of {len(labels):,} images have no label, and task = classify needs one "
+                f"{key} = '{url}': {unlabelled:,} of {len(labels):,} images have no label, and task = classify needs one "
                 "of each; give labelled shards, or set task to pretrain"
             )
         if labels.max() >= num_classes:
             raise ConfigError(
-                f"data.{key} = '{url}' has the labels {labels.min()} to {labels.max()}, but model.num_classes = {num_classes} "
+                f"{key} = '{url}' has the labels {labels.min()} to {labels.max()}, but model.num_classes = {num_classes} "
                 f"takes 0 to {num_classes - 1}; set model.num_classes to {labels.max() + 1}, or give other shards"
             )
+
+
+def _check_same_classes(config: RunConfig) -> None:
+    """Refuses to train a classifier on data sets that do not have the same number of classes."""
+    found = [(part.train, load_index(part.train).num_classes) for part in config.data.mix or ()]
+    if len({number for _, number in found}) > 1:
+        listed = ", ".join(f"'{url}' has {number}" for url, number in found)
+        raise ConfigError(
+            f"data.mix: {listed} classes, and task = classify needs data sets with the same classes; where they are the same, "
+            "give all of them their number with `crate-ray data index URL --num-classes N`"
+        )
 
 
 def locate_run(config: RunConfig) -> RunFolder:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.data import load_index
+from crate_ray.data import Source, load_index, load_source, with_classes
 from crate_ray.evaluation.features import Features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval, paired_gain
 from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
@@ -112,19 +112,19 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
     """Accuracy of the linear probe on pixels: what needs no model at all."""
 
     def rows(which: Literal["train"] | Split) -> Rows:
-        url = _url(config, which)
-        pixels, labels = raw_pixels(read_images(config, url))
-        return Rows(pixels, labels, load_index(url).sources)
+        source = _bank(config) if which == "train" else _url(config, which)
+        pixels, labels = raw_pixels(read_images(config, source))
+        return Rows(pixels, labels, load_source(source).sources)
 
     return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
 
 
 def _judge(model: MaskedAutoencoder | Classifier, config: RunConfig, split: Split) -> Judgement:
     def features(which: Literal["train"] | Split) -> tuple[Features, NDArray[Any]]:
-        url = _url(config, which)
+        source = _bank(config) if which == "train" else _url(config, which)
         precision = resolve_precision(config.train.precision, next(model.parameters()).device.type)
-        found = encode_images(model, config, url, precision=precision)
-        return found, np.asarray(load_index(url).sources)
+        found = encode_images(model, config, source, precision=precision)
+        return found, np.asarray(load_source(source).sources)
 
     train, train_sources = features("train")
     validation, validation_sources = features("validation")
@@ -139,8 +139,22 @@ def _judge(model: MaskedAutoencoder | Classifier, config: RunConfig, split: Spli
     )
 
 
-def _url(config: RunConfig, which: Literal["train"] | Split) -> str:
-    key = {"train": "train", "validation": "eval", "test": "test"}[which]
+def _bank(config: RunConfig) -> Source:
+    """The training images that a probe fits: of a mix, the data sets with the classes of the validation images."""
+    if config.data.mix is None:
+        return config.data.source
+    num_classes = load_index(_url(config, "validation")).num_classes
+    found = with_classes(config.data.source, num_classes)
+    if found is None:
+        raise ConfigError(
+            f"no data set of data.mix has the {num_classes} classes of data.eval, and the probe fits labelled training images; "
+            "evaluate on shards with the classes of one of them"
+        )
+    return found
+
+
+def _url(config: RunConfig, which: Split) -> str:
+    key = {"validation": "eval", "test": "test"}[which]
     url = getattr(config.data, key)
     if url is None:
         raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}")
