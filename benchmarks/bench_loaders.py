@@ -24,7 +24,7 @@ from crate_ray.data.order import SampleOrder, global_batch
 from crate_ray.data.samples import SampleLoader, Transform
 from crate_ray.data.shards import pack_shard
 
-NUM_IMAGES, BATCH, BATCHES, ROUNDS = 512, 64, 12, 3
+NUM_IMAGES, BATCH, BATCHES, ROUNDS = 512, 64, 32, 5
 CROP = {"image_size": 224, "augment": "random_resized_crop", "seed": 0}
 
 

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
@@ -70,6 +71,21 @@ def test_an_object_store_is_not_local_and_has_no_path() -> None:
 def test_a_scheme_that_is_not_a_store_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"never done|not supported"):
         storage.read_bytes(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("s3://bucket/a%20b/c?region=us-east-1&endpoint_override=127.0.0.1%3A1", "bucket/a b/c"),
+        ("s3://bucket?region=us-east-1&endpoint_override=127.0.0.1%3A1", "bucket"),
+        ("abfss://container@account.dfs.core.windows.net/a/b/", "container/a/b"),
+        ("abfs://account.blob.core.windows.net/container/a", "container/a"),
+        ("gs://bucket/a", "bucket/a"),
+    ],
+)
+def test_paths_in_a_store_are_those_of_pyarrow(uri: str, path: str) -> None:
+    assert storage.open_store(uri)[1] == path == fs.FileSystem.from_uri(uri)[1].rstrip("/")
+    assert storage.open_store(uri)[0] is storage.open_store(uri)[0]
 
 
 def test_a_listing_is_sorted_and_that_of_a_missing_folder_is_empty(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ The trade-off: `max_bytes` is a promise about the disk, so a shard that does not
 its reader turns to ranged reads, which are right and slower.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _FIRST_POLL_S = 0.01
 _LONGEST_POLL_S = 0.5
 _DOWNLOAD_TRIES = 3
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class CacheClosedError(RuntimeError):
@@ -84,19 +86,35 @@ class ShardCache:
             if (mapped := _map(path, num_bytes)) is not None:
                 return mapped
             with _locked(part, fcntl.LOCK_EX, create=True) as descriptor:
-                if descriptor is not None and not path.exists():
-                    if not self._reserve(descriptor, part, num_bytes):
+                if descriptor is not None:
+                    if path.exists():  # another process has finished it since the look above
                         part.unlink()
+                    elif not self._fill(remote, descriptor, part, checksum):
                         return None
-                    self._download(remote, descriptor, part, checksum)
-                    part.replace(path)
-                    continue
-                if descriptor is not None:  # another process has finished it since the look above
-                    part.unlink()
+                    else:
+                        part.replace(path)
                     continue
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, _LONGEST_POLL_S)
         raise CacheClosedError(uri)
+
+    def _fill(self, remote: storage.RemoteFile, descriptor: int, part: Path, checksum: str) -> bool:
+        """Reserves room for a part file and downloads into it; removes it where there is no room or anything fails."""
+        filled = False
+        try:
+            if self._reserve(descriptor, part, remote.size):
+                self._download(remote, descriptor, checksum)
+                filled = True
+        except OSError as error:
+            if error.errno not in _DISK_FAULTS:
+                raise
+            raise ConfigError(
+                f"data.cache_dir={self.folder} cannot hold {remote.uri} ({error}); free the disk or lower data.cache_bytes"
+            ) from error
+        finally:
+            if not filled:
+                part.unlink(missing_ok=True)
+        return filled
 
     def _reserve(self, descriptor: int, part: Path, num_bytes: int) -> bool:
         """Makes room by evicting what no one reads; the part file's length, set here, counts from now on."""
@@ -115,25 +133,17 @@ class ShardCache:
             os.ftruncate(descriptor, num_bytes)
             return True
 
-    def _download(self, remote: storage.RemoteFile, descriptor: int, part: Path, checksum: str) -> None:
-        """Fills the part file and verifies it; removes it when that fails."""
-        started = time.monotonic()
-        try:
-            for _ in range(_DOWNLOAD_TRIES):
-                found = self._write(remote, descriptor)
-                if found in {checksum, None}:
-                    os.fsync(descriptor)
-                    logger.info("cached %s, %d bytes in %.1f s", remote.uri, remote.size, time.monotonic() - started)
-                    return
-                logger.warning("%s arrived with checksum %s, indexed %s; again", remote.uri, found, checksum)
-            raise ConfigError(_changed(remote.uri, f"its checksum is {found}, its index says {checksum}"))
-        except BaseException as error:
-            part.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-                raise ConfigError(
-                    f"data.cache_dir={self.folder} cannot hold {remote.uri} ({error}); free the disk or lower data.cache_bytes"
-                ) from error
-            raise
+    def _download(self, remote: storage.RemoteFile, descriptor: int, checksum: str) -> None:
+        """Fills the part file and verifies it."""
+        started, found = time.monotonic(), None
+        for _ in range(_DOWNLOAD_TRIES):
+            found = self._write(remote, descriptor)
+            if found in {checksum, None}:
+                os.fsync(descriptor)
+                logger.info("cached %s, %d bytes in %.1f s", remote.uri, remote.size, time.monotonic() - started)
+                return
+            logger.warning("%s arrived with checksum %s, indexed %s; again", remote.uri, found, checksum)
+        raise ConfigError(_changed(remote.uri, f"its checksum is {found}, its index says {checksum}"))
 
     def _write(self, remote: storage.RemoteFile, descriptor: int) -> str | None:
         """Writes the whole shard and returns its checksum; None without the package that computes it."""

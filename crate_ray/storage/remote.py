@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -22,6 +22,7 @@ from crate_ray.storage.retry import retrying
 from crate_ray.storage.uris import is_local, is_web, local_path
 
 CHUNK_BYTES = 8 << 20
+_ROOTED = ("hdfs", "viewfs")  # whose paths start with a slash
 _S3_ATTEMPTS = 3  # within one attempt of ours; from_uri's own default is 31 attempts or 99 seconds
 _S3_FLAGS = ("allow_bucket_creation", "allow_bucket_deletion", "check_directory_existence_before_creation")
 _S3_TEXTS = ("scheme", "endpoint_override", "tls_ca_file_path")
@@ -43,31 +44,28 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
             f"'{uri}' is read only: shards can be read from there, nothing written; use a path or an object store"
         )
     parts = urlsplit(uri)
-    store = _store(f"{parts.scheme}://{parts.netloc}", parts.query, os.getpid())
-    try:
-        path = fs.FileSystem.from_uri(uri)[1] if parts.scheme not in {"s3", "gs", "gcs"} else parts.netloc + parts.path
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"cannot open '{uri}': {error}") from None
-    return store, path.rstrip("/")
+    store, base = _store(f"{parts.scheme}://{parts.netloc}", parts.query, os.getpid())
+    path = (base.rstrip("/") + unquote(parts.path)).rstrip("/")
+    return store, path if parts.scheme in _ROOTED else path.lstrip("/")
 
 
 @lru_cache(maxsize=32)
-def _store(place: str, query: str, process: int) -> fs.FileSystem:
-    """The client of a bucket or container; kept, because opening one looks up credentials and region."""
+def _store(place: str, query: str, process: int) -> tuple[fs.FileSystem, str]:
+    """The client of a bucket or container, and its path; kept, because opening one looks up credentials and region."""
     uri = f"{place}?{query}" if query else place
     try:
-        store, _ = fs.FileSystem.from_uri(uri)
+        store, base = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"cannot open '{uri}': {error}") from None
     if not isinstance(store, fs.S3FileSystem):
-        return store
+        return store, base
     given = dict(parse_qsl(query))
     options: dict[str, Any] = {key: given[key] for key in _S3_TEXTS if key in given}
     options |= {key: given[key].lower() in {"true", "1"} for key in _S3_FLAGS if key in given}
     if "force_virtual_addressing" in given:
         options["force_virtual_addressing"] = given["force_virtual_addressing"].lower() in {"true", "1"}
     retry = fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS)
-    return fs.S3FileSystem(region=store.region, retry_strategy=retry, **options)
+    return fs.S3FileSystem(region=store.region, retry_strategy=retry, **options), base
 
 
 class _StoreObject:

@@ -1,6 +1,7 @@
 """The shard cache: one download a node, nothing evicted under a reader, and no process blocked by a dead one."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -165,6 +166,19 @@ def test_a_download_that_fails_leaves_nothing(tmp_path: Path, server: FaultServe
     server.fail("cut", number=50_000)
     with pytest.raises(StorageError, match=r"cannot read bytes 0 to 100000 of http://\S+/shard-0\.tar"):
         fetch(ShardCache(str(tmp_path), max_bytes=10**6), server, 0)
+    assert files_in(tmp_path) == []
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path, server: FaultServer) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD_BYTES // 2, hard))  # the kernel refuses what goes past it
+    try:
+        with pytest.raises(
+            ConfigError, match=r"data\.cache_dir=\S+ cannot hold http://\S+ \(.*File too large.*lower data\.cache_b"
+        ):
+            fetch(ShardCache(str(tmp_path), max_bytes=10**6), server, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files_in(tmp_path) == []
 
 
