@@ -33,7 +33,7 @@ from crate_ray.data.workers import TaskMap, map_here
 logger = logging.getLogger(__name__)
 
 PARTS_FOLDER = ".index-parts"
-_ROW_GROUP = 65_536
+_ROW_GROUP = 16_384  # samples; while one is written, several copies of it are in memory
 
 Progress = Callable[[int, int, int], None]
 

@@ -1,11 +1,19 @@
+import io
 import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from crate_ray.data import build_source, load_index
+from crate_ray.data.shards import pack_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+
+
+SINK = io.BytesIO()
+Image.new("RGB", (9, 9), "red").save(SINK, "PNG")
+PICTURE = SINK.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,75 @@ def test_verify_finds_a_changed_byte(invoke, shapes, tmp_path):
     (finding,) = found["findings"]
     assert finding["shard"] == shard.name
     assert finding["fault"] == "changed-bytes"
+
+
+@pytest.fixture
+def damaged(shapes, tmp_path):
+    """The training shards without an index; the second is cut, the first holds a pickle's name and a picture cut short."""
+    first, second = sorted((shapes / "train").glob("*.tar"))
+    rows = [
+        {"__key__": "whole", "png": PICTURE, "cls": b"1"},
+        {"__key__": "cut", "png": PICTURE[:50], "cls": b"1", "pyd": b"."},
+    ]
+    (tmp_path / "a.tar").write_bytes(pack_shard(rows))
+    (tmp_path / "b.tar").write_bytes(second.read_bytes()[:5000])
+    shutil.copy(first, tmp_path / "c.tar")
+    return tmp_path
+
+
+def test_verify_reports_all_faults_as_a_table_and_as_json(invoke, damaged):
+    result = invoke("data", "verify", damaged, "--json")
+    found = json.loads(result.out)
+    assert result.code == 1
+    assert not found["ok"]
+    assert [(finding["shard"], finding["fault"], finding["key"]) for finding in found["findings"]] == [
+        ("a.tar", "bad-image", "cut"),
+        ("a.tar", "ignored-member", "cut"),
+        ("b.tar", "truncated", ""),
+    ]
+    assert all(finding["what"] and finding["fix"] and finding["offset"] is not None for finding in found["findings"])
+    table = invoke("data", "verify", damaged)
+    assert table.code == 1
+    assert "no index to compare with" in table.out
+    for word in ("bad-image", "ignored-member", "truncated", "shard", "byte", "3 faults"):
+        assert word in table.out
+
+
+def test_index_refuses_damaged_shards_with_all_findings_unless_told_to_skip_them(invoke, damaged):
+    result = invoke("data", "index", damaged, "--json")
+    assert result.code == 2
+    assert "shard b.tar at byte" in result.err
+    assert [finding["shard"] for finding in json.loads(result.out)["findings"]] == ["b.tar"]
+    result = invoke("data", "index", damaged, "--skip-damaged")
+    assert result.code == 0, result.err
+    assert "left out: 1 shards, and 0 samples of the others" in result.out
+    assert "2 shards had been read by an interrupted indexing" in result.out
+
+
+def test_index_into_a_folder_of_ones_own(invoke, shapes, tmp_path):
+    result = invoke("data", "index", f"{shapes}/train/train-00000{{0..1}}.tar", "--out", tmp_path / "mine", "--json")
+    assert json.loads(result.out)["num_samples"] == 48
+    assert load_index(str(tmp_path / "mine")).num_samples == 48
+
+
+@pytest.mark.parametrize("verb", ["index", "verify"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pipe:cat x.tar"], "would run a shell command"),
+        (["ftp://host/a.tar"], "is not supported; valid: s3"),
+        (["/no/such/folder"], "no *.tar shards"),
+        (["/no/such/{0..3.tar"], "the braces in"),
+        (["/tmp/*/a.tar"], "stand in file names only"),
+        (["/tmp", "--workers", 2, "--parallel"], "exclude each other"),
+        (["/tmp", "--workers", 0], "--workers"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(invoke, verb, arguments, message):
+    result = invoke("data", verb, *arguments)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+    assert "Traceback" not in result.err
 
 
 def test_verify_without_shards_is_an_error(invoke, tmp_path):

@@ -10,11 +10,13 @@ first exception that is not ours, or at a single input that takes longer than te
 import io
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
 
 import numpy as np
 from PIL import Image
 
+from crate_ray.data import headers, png, shards, tar
 from crate_ray.data.headers import ImageError, read_header
 from crate_ray.data.png import checked_png
 from crate_ray.data.shards import pack_shard, split_name
@@ -130,6 +132,15 @@ CHECKS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
 }
 
 
+def _functions(*modules: ModuleType) -> Iterator[FunctionType]:
+    """Every function and method that these modules define."""
+    for module in modules:
+        for value in vars(module).values():
+            members = vars(value).values() if isinstance(value, type) else [value]
+            own = [member for member in members if isinstance(member, FunctionType)]
+            yield from (function for function in own if function.__module__ == module.__name__)
+
+
 def main() -> None:
     """One target for some seconds."""
     import tempfile
@@ -139,7 +150,7 @@ def main() -> None:
 
     target, seconds = sys.argv[1], sys.argv[sys.argv.index("--seconds") + 1]
     check, seeds = CHECKS[target]
-    for function in (walk_tar, ShardStream._fill, ShardStream.take, read_header, checked_png, split_name, check):
+    for function in _functions(tar, headers, png, shards):
         atheris.instrument_func(function)
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(seeds):
