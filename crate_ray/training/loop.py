@@ -16,7 +16,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from crate_ray.config import RunConfig
-from crate_ray.data import Reader, load_index, open_reader
+from crate_ray.data import Reader, load_source, open_reader
 from crate_ray.models import create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
 from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
@@ -105,7 +105,7 @@ class Trainer:
         self.config, self.folder, self.context = config, folder, context
         self.device = choose_device(config.scale.use_gpu, context.local_rank)
         self.precision = resolve_precision(config.train.precision, self.device.type)
-        self.num_samples = load_index(config.data.train).num_samples
+        self.num_samples = load_source(config.data.source).num_samples
         self.total = total_steps(config, self.num_samples)
         self.warmup = warmup_steps(config, self.num_samples)
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
@@ -161,7 +161,7 @@ class Trainer:
     def _open_reader(self, cursor: int) -> Reader:
         data, context = self.config.data, self.context
         return open_reader(
-            data.train,
+            data.source,
             global_batch=self.config.train.global_batch,
             rank=context.rank,
             world_size=context.world_size,
@@ -259,7 +259,7 @@ class Trainer:
             "train/loss": sum(o.loss for o in outcomes) / len(outcomes),
             "train/grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
             "train/lr": lr,
-            "data/epoch": self.reader.state_dict()["cursor"] / self.num_samples,
+            **self._epochs(),
             "data/replaced_samples": self.reader.replaced_samples,
             "memory/peak_gib": peak_memory_gib(self.device),
             **window.metrics(self.config.train.global_batch),
@@ -279,6 +279,13 @@ class Trainer:
             if top1 is not None:
                 values["eval/knn_top1"] = top1
         self._record(values)
+
+    def _epochs(self) -> dict[str, float]:
+        """Passes over the data; of a mix, over the samples of all its data sets together and over each."""
+        passes = {"data/epoch": self.reader.state_dict()["cursor"] / self.num_samples}
+        if self.config.data.mix is not None:
+            passes |= {f"data/epoch_{number}": value for number, value in enumerate(self.reader.epochs)}
+        return passes
 
     def _measure_whitebox(self) -> dict[str, float]:
         """What each layer does to the frozen batch, where it is due. On rank 0 alone, and without a collective."""
