@@ -184,9 +184,9 @@ class _ReadAhead:
     def close(self) -> None:
         """End the threads and let go of the shards."""
         self.start(())
+        self._loader.close()  # first: threads that wait for a shard hear of it and come back
         if self.threads is not None:
             self.threads.close()
-        self._loader.close()
 
 
 class Reader:

@@ -124,6 +124,9 @@ def read_images(config: RunConfig, source: Source, *, sample_ids: Ids | None = N
         sample_ids=sample_ids,
         noise_size=config.model.num_patches if noise else 0,
         max_pixels=config.data.max_pixels,
+        loader_timeout_s=config.data.loader_timeout_s,
+        cache_dir=config.data.cache_dir,
+        cache_bytes=config.data.cache_bytes,
     )
 
 

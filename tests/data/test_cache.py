@@ -15,7 +15,7 @@ import torch
 from fault_server import FaultServer
 from xxhash import xxh3_128_hexdigest
 
-from crate_ray.config import ConfigError
+from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import open_reader
 from crate_ray.data.cache import CacheClosedError, ShardCache
 from crate_ray.storage import StorageError, retry
@@ -203,6 +203,12 @@ def test_a_cache_on_another_machine_or_in_a_file_is_refused(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/file cannot be made"):
         ShardCache(str(tmp_path / "file"), max_bytes=1)
+
+
+def test_the_cache_of_a_run_is_named_absolutely() -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache_dir.*absolute"):
+        RunConfig.load("digits_crate_mae", ["data.cache_dir=cache"])
+    assert RunConfig.load("digits_crate_mae", ["data.cache_dir=/scratch/x"]).data.cache_bytes == 64 * 2**30
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_a_body_of_unstated_length_that_ends_at_a_member_boundary_is_noticed(rem
     assert torch.equal(read_epoch(url, **options), read_epoch(str(shapes_folder / "train")))
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "cut"])
+@pytest.mark.parametrize("fault", ["503", "cut", pytest.param("reset", marks=pytest.mark.slow)])
 def test_a_fault_that_stays_names_the_sample_and_the_last_fault(remote, fault, monkeypatch):
     monkeypatch.setattr(retry, "DEADLINE_S", 0.3)
     server, url, options = remote
@@ -200,12 +200,12 @@ def test_indexing_a_bucket_survives_faults(proxied, shapes_folder, fault):
     server.rules.clear()
 
 
-@pytest.mark.parametrize("kind", ["503", "reset"])
+@pytest.mark.parametrize("kind", ["503", pytest.param("reset", marks=pytest.mark.slow)])
 def test_a_write_that_meets_faults_is_whole_in_the_end_or_not_there(proxied, kind, monkeypatch):
     server, url = proxied
     server.rules.clear()
     uri = storage.join(url, f"written-{kind}.bin")
-    content = bytes(range(256)) * 40_000
+    content = bytes(range(256)) * 4_000
     for method in ("POST", "PUT"):
         server.fail(kind, times=4, path=".bin", methods=method)
     storage.write_atomic(uri, content)
