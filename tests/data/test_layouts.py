@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hostile import image
+from hostile import image, webdataset_reads
 
 from crate_ray.config import ConfigError
 from crate_ray.data import DamagedDataError, Fault, ShardIndex, build_index, load_index, open_reader, verify_shards
@@ -138,6 +138,7 @@ def test_members_far_apart_are_one_sample_where_webdataset_makes_two(tmp_path):
     tar(tmp_path / "a.tar", [(f"{key}.jpg", key.encode()) for key in keys] + [(f"{key}.cls", b"1") for key in keys])
     index = indexed(tmp_path)
     assert index.labels.tolist() == [1] * 6
+    assert webdataset_reads([tmp_path / "a.tar"]) == (12, None)
     assert our_samples(index) == webdataset_samples(tmp_path)
 
 
