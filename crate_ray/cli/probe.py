@@ -24,6 +24,10 @@ def probe(
             "and score emergence where the shards hold object masks.",
         ),
     ] = False,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="With --pictures: encoder layer to draw attention and keys of, from 1; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge finished runs: features by linear probe, few labels, kNN, beside the untrained encoder; classifiers by top-1."""
@@ -35,13 +39,20 @@ def probe(
     for folder in folders:
         if not folder.exists():
             raise ConfigError(f"'{folder.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
+    if pictures:
+        from crate_ray.training.pictures import check_pictures
+
+        for folder in folders:
+            check_pictures(folder, layers or ())
+    elif layers:
+        raise ConfigError("--layer says which layers --pictures draws; give --pictures too")
     split: Any = "test" if test else "validation"
     reports = {}
     for folder in folders:
         errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
         report = probe_run(folder, split=split)
         reports[folder.name] = report if _is_of_classifier(report) else _with_pixels(folder, report, split)
-    drawn = {folder.name: _draw(folder) for folder in folders} if pictures else {}
+    drawn = {folder.name: _draw(folder, layers or []) for folder in folders} if pictures else {}
     if as_json:
         print_json({"split": split, "runs": reports, **({"pictures": drawn} if pictures else {})})
         return
@@ -81,12 +92,12 @@ def _print_features(reports: dict[str, Any], split: str) -> None:
     print_table(("", *reports), lines, title=title)
 
 
-def _draw(folder: "RunFolder") -> dict[str, list[str]]:
+def _draw(folder: "RunFolder", layers: list[int]) -> dict[str, list[str]]:
     """Makes a run's pictures; says what could not be made."""
     from crate_ray.training.pictures import draw_pictures
 
     errors.print(f"[dim]{folder.name}: drawing pictures ...[/dim]", soft_wrap=True)
-    made = draw_pictures(folder)
+    made = draw_pictures(folder, layers=layers)
     for reason in made.left_out:
         errors.print(f"{folder.name}: no {reason}", soft_wrap=True, markup=False)
     return {"files": made.files, "left_out": made.left_out}

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 500
 MARKER = "tracking.json"
 MAX_ARTIFACT_BYTES = 8 * 2**20
-MAX_PICTURES = 16
+MAX_PICTURES = 64
 _JUDGED = ("final/", "emergence/")  # measured of a finished run, and again when its judge changes
 _PICTURE_TYPES = (".png", ".jpg", ".svg", ".json")  # .json: numbers behind a figure
 

@@ -8,6 +8,7 @@ The trade-off: both encoders walk their layers side by side, so that one layer's
 Shapes: A all images looked at, B pictured ones (the first of them), C channels, H height, W width, N patches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -90,10 +91,10 @@ class _Subject:
     pictured_B: Tensor
 
     @classmethod
-    def load(cls, folder: RunFolder, config: RunConfig, checkpoint: Checkpoint) -> Self:
+    def load(cls, folder: RunFolder, checkpoint: Checkpoint) -> Self:
         """Reads images spread over the validation shards, with the masks under which the run's loss is measured."""
-        if config.data.eval is None:
-            raise ConfigError(f"run '{folder.name}' has no data.eval; its pictures are of validation images")
+        config = folder.read_config()
+        assert config.data.eval is not None
         trained, control = untrained(config).eval(), untrained(config).eval()
         trained.load_state_dict(checkpoint.read(MODEL_FILE))
         if not all(weight.isfinite().all() for weight in trained.parameters()):
@@ -131,20 +132,40 @@ class _Subject:
         return f"{self.run}, step {self.step:,}: {what}"
 
 
-def draw_pictures(folder: RunFolder) -> Pictures:
+def check_pictures(folder: RunFolder, layers: Sequence[int] = ()) -> tuple[int, ...]:
+    """Refuses, before any work, what `draw_pictures` could not do; gives the layers that it would draw.
+
+    Raises:
+        ConfigError: No validation images, no such layer, or matplotlib is not installed.
+    """
+    require_matplotlib()
+    config = folder.read_config()
+    if config.data.eval is None:
+        raise ConfigError(f"run '{folder.name}' has no data.eval; its pictures are of validation images")
+    depth = config.model.encoder_depth
+    wrong = [layer for layer in layers if not 1 <= layer <= depth]
+    if wrong:
+        raise ConfigError(f"run '{folder.name}' has no encoder layer {wrong[0]}; valid: 1 to {depth}")
+    return tuple(layers) or default_layers(depth)
+
+
+def draw_pictures(folder: RunFolder, *, layers: Sequence[int] = ()) -> Pictures:
     """Makes every picture that a finished run can have, and writes them to its folder.
+
+    Args:
+        folder: The run.
+        layers: Encoder layers whose attention and keys are drawn, from 1; the last two by default.
 
     Returns:
         What was made, and why the rest was not.
 
     Raises:
-        ConfigError: The run is not finished, diverged, or has no validation images; or matplotlib is not installed.
+        ConfigError: As `check_pictures`; or the run is not finished, or diverged.
     """
-    require_matplotlib()
-    config = folder.read_config()
-    subject = _Subject.load(folder, config, finished_checkpoint(folder))
+    chosen = check_pictures(folder, layers)
+    subject = _Subject.load(folder, finished_checkpoint(folder))
     made = Pictures()
-    content = {**_draw_reconstructions(subject, made), **_draw_layers(subject, made), **_draw_curves(subject, made)}
+    content = {**_draw_reconstructions(subject, made), **_draw_layers(subject, made, chosen), **_draw_curves(subject, made)}
     for name, data in content.items():
         made.files.append(folder.path("pictures", name))
         storage.write_atomic(made.files[-1], data)
@@ -181,14 +202,13 @@ def _draw_reconstructions(subject: _Subject, made: Pictures) -> dict[str, bytes]
     return {"reconstructions.png": label_grid(tiles, subject.names, title=title, note=note)}
 
 
-def _draw_layers(subject: _Subject, made: Pictures) -> dict[str, bytes]:
-    """Walks both encoders once: attention maps and keys of the last two layers, emergence of all."""
+def _draw_layers(subject: _Subject, made: Pictures, chosen: Sequence[int]) -> dict[str, bytes]:
+    """Walks both encoders once: attention maps and keys of the chosen layers, emergence of all."""
     emergence = _read_emergence(subject, made)
-    pictured = default_layers(subject.trained.config.encoder_depth)
     content: dict[str, bytes] = {}
     walk = (view_layers(model, subject.images_ACHW) for model in (subject.trained, subject.untrained))
     for trained, control in zip(*walk, strict=True):
-        if trained.number in pictured:
+        if trained.number in chosen:
             content[f"attention_layer{trained.number:02d}.png"] = _draw_attention(subject, trained, control)
             content[f"keys_layer{trained.number:02d}.png"] = _draw_keys(subject, trained, control)
         if emergence is not None:

@@ -89,8 +89,8 @@ def test_an_encoder_that_did_not_learn_gains_nothing(load_tiny: LoadTiny) -> Non
 
 
 def test_the_vit_family_has_what_is_defined_for_it(load_tiny: LoadTiny) -> None:
-    made = draw_pictures(train(load_tiny(*SHALLOW, recipe="digits_mae")))
-    assert names(made) == [name for name in OF_A_CRATE if name != "layers.png"]
+    made = draw_pictures(train(load_tiny(*SHALLOW, recipe="digits_mae")), layers=[1])
+    assert names(made) == [name for name in OF_A_CRATE if name != "layers.png" and "layer02" not in name]
     assert made.left_out == ["layer-wise curves: none of the white-box measures is defined for the family vit"]
 
 
@@ -143,6 +143,8 @@ def test_a_run_that_cannot_have_pictures_is_refused_and_gets_no_file(load_tiny: 
     weights = checkpoint.read(MODEL_FILE)
     weights["norm.weight"][0] = torch.nan
     save_checkpoint(diverged, step=2, cursor=0, train_seconds=0.0, model=weights, optimizer={})
+    with pytest.raises(ConfigError, match="has no encoder layer 2; valid: 1 to 1"):
+        draw_pictures(diverged, layers=[1, 2])
     with pytest.raises(ConfigError, match="diverged: its weights hold NaN or infinity"):
         draw_pictures(diverged)
     assert storage.list_dir(diverged.path("pictures")) == []
@@ -155,6 +157,13 @@ def test_the_verb_lists_what_it_drew_and_drawing_again_changes_nothing(
 
     folder = train(load_tiny(*SHALLOW))
     paths = [folder.path("pictures", name) for name in OF_A_CRATE]
+
+    for flags, message in ((("--layer", "3", "--pictures"), "no encoder layer 3"), (("--layer", "2"), "give --pictures too")):
+        monkeypatch.setattr("sys.argv", ["crate-ray", "probe", folder.uri, *flags])
+        with pytest.raises(SystemExit) as refused:
+            main()
+        assert refused.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
     def probe(*flags: str) -> tuple[Any, list[bytes], int]:
         monkeypatch.setattr("sys.argv", ["crate-ray", "probe", folder.uri, "--pictures", *flags])
