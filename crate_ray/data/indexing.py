@@ -77,7 +77,7 @@ class _Parts:
         try:
             storage.make_dir(self._folder)
             self._there = set(storage.list_dir(self._folder))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ConfigError, pa.ArrowException) as error:
             raise ConfigError(
                 f"the index cannot be written to {folder} ({error}); choose a folder of your own with --out DIR"
             ) from None

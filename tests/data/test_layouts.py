@@ -3,7 +3,10 @@
 import io
 import json
 import tarfile
+import threading
 from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -220,3 +223,29 @@ def test_shards_in_a_bucket_are_indexed_by_pattern_into_a_folder_of_ones_own(buc
         assert sorted(next(reader).sample_ids_B.tolist()) == list(range(96))
     store.delete_file(f"{root}/theirs/train-000001.tar")
     assert verify_shards(str(tmp_path / "mine")).findings[0].fault == Fault.NO_SHARD
+
+
+def test_shards_of_a_web_server_are_named_one_by_one_and_indexed_elsewhere(tree, tmp_path):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tree / "in1k")))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    place = f"http://127.0.0.1:{server.server_port}"
+    try:
+        index = indexed(f"{place}/s-{{0000..0002}}.tar", out=str(tmp_path / "mine"))
+        assert index.shard_uris == [f"{place}/s-000{i}.tar" for i in range(3)]
+        assert index.digest == indexed(tree / "in1k", out=str(tmp_path / "local")).digest
+        assert verify_shards(str(tmp_path / "mine")).findings == ()
+        with pytest.raises(DamagedDataError, match=r"s-0003\.tar: .* is not there"):
+            build_index(f"{place}/s-{{0000..0003}}.tar", out=str(tmp_path / "more"))
+        with pytest.raises(ConfigError, match="name the shards"):
+            build_index(f"{place}/*.tar", out=str(tmp_path / "more"))
+        with pytest.raises(ConfigError, match="choose a folder of your own with --out DIR"):
+            build_index(f"{place}/s-0000.tar")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
