@@ -9,8 +9,8 @@ the index, which costs microseconds and finds the flipped bits that image decode
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,15 +31,13 @@ from crate_ray.data.images import (
     random_resized_crop,
 )
 from crate_ray.data.index import ShardIndex, read_shard
+from crate_ray.data.loaders import Prefetcher
 from crate_ray.data.shards import Buffer
 from crate_ray.data.streams import Purpose, stream
 
 logger = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 256
-_PREFETCH_THREADS = 2
-_ROOM_POLL_S = 1.0
-_CLOSE_S = 5.0
 _MAX_NEIGHBOURS = 16
 
 
@@ -127,7 +125,7 @@ class SampleLoader:
         self._hash = _find_hash()
         self._busy: dict[str, tuple[int, float]] = {}
         self._cache = cache
-        self._prefetcher = _Prefetcher(self._prefetch) if cache else None
+        self._prefetcher = Prefetcher(self._prefetch) if cache else None
         self._needed: Counter[int] = Counter()
         self._warned = False
 
@@ -326,43 +324,3 @@ class SampleLoader:
             noise_size, seed = self.transform.noise_size, self.transform.seed
             buffers.noise_BN[row] = mask_noise(noise_size, seed=seed, epoch=epoch, sample_id=sample_id)
         return found != sample_id
-
-
-class _Prefetcher:
-    """Threads that fetch shards in the order in which they will be needed; one that does not fit waits for room."""
-
-    def __init__(self, fetch: Callable[[int], bool]) -> None:
-        self._fetch = fetch
-        self._queue: deque[int] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"crate-ray-prefetch-{i}", daemon=True) for i in range(_PREFETCH_THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def add(self, shards: Iterable[int]) -> None:
-        with self._changed:
-            self._queue.extend(shards)
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return
-                number = self._queue.popleft()
-            if not self._fetch(number):
-                with self._changed:
-                    self._queue.appendleft(number)
-                    self._changed.wait(_ROOM_POLL_S)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        deadline = time.monotonic() + _CLOSE_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))

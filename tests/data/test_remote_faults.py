@@ -34,7 +34,6 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "DEADLINE_S", 8.0)
     monkeypatch.setattr("crate_ray.data.loaders._CLOSE_S", 0.5)
-    monkeypatch.setattr("crate_ray.data.samples._CLOSE_S", 0.5)
     yield
     remote_files._store.cache_clear()
 
