@@ -16,7 +16,7 @@ from crate_ray.config.run import RunConfig
 # tracking, cadence, loaders or micro-batch: those may change while the run goes on.
 _NOT_IN_DATA = {
     *("train", "mix", "eval", "test"),  # the digest of their content counts
-    *("num_loaders", "loader_timeout_s", "cache_dir", "cache_bytes"),
+    *("num_loaders", "preprocess", "loader_timeout_s", "cache_dir", "cache_bytes"),
     *("max_pixels", "on_error", "max_replaced_fraction"),
 }
 _NOT_IN_TRAIN = {"micro_batch", "init_from"}  # where first weights lie; what they hold is train.init_digest

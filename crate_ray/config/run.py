@@ -26,6 +26,9 @@ class DataConfig(Frozen):
     eval: str | None = Field(None, description="validation shards: evaluation, kNN and every choice read these")
     test: str | None = Field(None, description="test shards: read by `probe --test` and `compare` only")
     num_loaders: int = Field(2, ge=0, le=256, description="loader threads a worker; 0 decodes in the training thread")
+    preprocess: Literal["ray_data"] | None = Field(
+        None, description="ray_data: num_loaders actors a worker decode on any node with a free CPU, instead of its threads"
+    )
     lanes: int = Field(64, ge=1, description="canonical lanes of the order")
     window: int = Field(2048, ge=1, description="samples a lane shuffles at a time")
     augment: Literal["none", "random_resized_crop"] = "random_resized_crop"

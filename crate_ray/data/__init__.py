@@ -11,21 +11,33 @@ if TYPE_CHECKING:
     from crate_ray.data.findings import DamagedDataError, Fault, Finding
     from crate_ray.data.index import ShardIndex, load_index
     from crate_ray.data.indexing import IndexSummary, build_index
-    from crate_ray.data.mix import Source, load_source, with_classes
+    from crate_ray.data.mix import Source, load_ordered, load_source, with_classes
     from crate_ray.data.order import SampleOrder, epoch_order, global_batch, rank_slice
-    from crate_ray.data.reader import Batch, Reader, open_reader, read_all, read_masks
+    from crate_ray.data.reader import (
+        Batch,
+        BatchReader,
+        LoaderTimeoutError,
+        Reader,
+        ReplacedSamples,
+        open_reader,
+        read_all,
+        read_masks,
+    )
     from crate_ray.data.verify import Audit, verify_shards
     from crate_ray.data.workers import TaskMap, map_with
 
 __all__ = [
     "Audit",
     "Batch",
+    "BatchReader",
     "BuildSummary",
     "DamagedDataError",
     "Fault",
     "Finding",
     "IndexSummary",
+    "LoaderTimeoutError",
     "Reader",
+    "ReplacedSamples",
     "SampleOrder",
     "ShardIndex",
     "Source",
@@ -35,6 +47,7 @@ __all__ = [
     "epoch_order",
     "global_batch",
     "load_index",
+    "load_ordered",
     "load_source",
     "map_with",
     "open_reader",
@@ -50,9 +63,12 @@ _MODULES = {
     "findings": ("DamagedDataError", "Fault", "Finding"),
     "index": ("ShardIndex", "load_index"),
     "indexing": ("IndexSummary", "build_index"),
-    "mix": ("Source", "load_source", "with_classes"),
+    "mix": ("Source", "load_ordered", "load_source", "with_classes"),
     "order": ("SampleOrder", "epoch_order", "global_batch", "rank_slice"),
-    "reader": ("Batch", "Reader", "open_reader", "read_all", "read_masks"),
+    "reader": (
+        *("Batch", "BatchReader", "LoaderTimeoutError", "Reader", "ReplacedSamples"),
+        *("open_reader", "read_all", "read_masks"),
+    ),
     "verify": ("Audit", "verify_shards"),
     "workers": ("TaskMap", "map_with"),
 }

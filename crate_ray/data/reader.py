@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -189,12 +189,59 @@ class _ReadAhead:
             self.threads.close()
 
 
-class Reader:
-    """An endless iterator over one rank's batches; made by `open_reader`.
+class BatchReader(Protocol):
+    """What a training loop needs of a reader, whoever decodes for it."""
 
-    Attributes:
-        replaced_samples: Samples handed out so far by this reader that stand in for unreadable ones.
+    @property
+    def replaced_samples(self) -> int:
+        """Samples handed out so far that stand in for unreadable ones."""
+
+    @property
+    def epochs(self) -> tuple[float, ...]:
+        """Passes over each data set so far, by all ranks."""
+
+    def __next__(self) -> Batch:
+        """This rank's share of the next global batch."""
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last batch handed out."""
+
+    def close(self) -> None:
+        """End whatever runs ahead."""
+
+
+class ReplacedSamples:
+    """Counts stand-ins, and raises when there are too many.
+
+    Args:
+        max_fraction: Of the samples handed out, once they are more than eight; 0 allows none.
+        url: Where they come from, for the message.
     """
+
+    def __init__(self, max_fraction: float, url: str) -> None:
+        self.count, self._delivered = 0, 0
+        self._max_fraction, self._url = max_fraction, url
+
+    def add(self, replaced: int, *, delivered: int) -> None:
+        """Count one batch.
+
+        Raises:
+            ConfigError: Too many have been replaced so far.
+        """
+        self.count += replaced
+        self._delivered += delivered
+        allowed = self._max_fraction * self._delivered
+        if self._max_fraction > 0:
+            allowed = max(allowed, _ALWAYS_REPLACEABLE)
+        if replaced and self.count > allowed:
+            raise ConfigError(
+                f"{self.count} of {self._delivered} samples could not be read and were replaced, more than "
+                f"data.max_replaced_fraction={self._max_fraction} allows; `crate-ray data verify` shows which, of {self._url}"
+            )
+
+
+class Reader:
+    """An endless iterator over one rank's batches; made by `open_reader`."""
 
     def __init__(
         self,
@@ -210,11 +257,9 @@ class Reader:
         max_replaced_fraction: float,
         loader_timeout_s: float,
     ) -> None:
-        self._loader, self._order, self._batch_size = loader, order, batch_size
+        self._order, self._batch_size = order, batch_size
         self._slice = orders.rank_slice(rank, world_size, batch_size)
-        self._delivered = 0
-        self._max_replaced_fraction = max_replaced_fraction
-        self.replaced_samples = 0
+        self._replaced = ReplacedSamples(max_replaced_fraction, loader.index.url)
         horizon = min(order.window * order.lanes, order.num_samples) // batch_size + 1  # one window of every lane
         self._ahead = _ReadAhead(
             loader, num_loaders=num_loaders, prefetch=prefetch, horizon=horizon, timeout_s=loader_timeout_s
@@ -245,22 +290,13 @@ class Reader:
         assert delivered is not None, "the order has no end"
         batch, replaced = delivered
         self._cursor += self._batch_size
-        self._delivered += self._slice.stop - self._slice.start
-        if replaced:
-            self._count_replaced(replaced)
+        self._replaced.add(replaced, delivered=self._slice.stop - self._slice.start)
         return batch
 
-    def _count_replaced(self, replaced: int) -> None:
-        self.replaced_samples += replaced
-        allowed = self._max_replaced_fraction * self._delivered
-        if self._max_replaced_fraction > 0:
-            allowed = max(allowed, _ALWAYS_REPLACEABLE)
-        if self.replaced_samples > allowed:
-            raise ConfigError(
-                f"{self.replaced_samples} of {self._delivered} samples could not be read and were replaced, more than "
-                f"data.max_replaced_fraction={self._max_replaced_fraction} allows; `crate-ray data verify` shows which, of "
-                f"{self._loader.index.url}"
-            )
+    @property
+    def replaced_samples(self) -> int:
+        """Samples handed out so far by this reader that stand in for unreadable ones."""
+        return self._replaced.count
 
     @property
     def epochs(self) -> tuple[float, ...]:

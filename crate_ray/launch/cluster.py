@@ -9,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from crate_ray.config import ConfigError, ScaleConfig
+from crate_ray.config import ConfigError, RunConfig, ScaleConfig
 
 log = logging.getLogger(__name__)
 
@@ -142,3 +142,25 @@ def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
         f"scale.num_workers = {scale.num_workers} of {asked} each do not fit: the cluster's nodes have {there}, "
         f"room for {fit}; {fix}"
     )
+
+
+def check_preprocessing(config: RunConfig) -> None:
+    """Refuses a run whose workers leave no CPU for the actors that decode for them; they would wait for ever.
+
+    Args:
+        config: With its scale resolved.
+
+    Raises:
+        ConfigError: Fewer CPUs than the workers and one actor each take.
+    """
+    if config.data.preprocess is None:
+        return
+    have, scale = capacity(), config.scale
+    cpus = max(have.total("CPU"), have.limit.get("CPU", 0.0))
+    need = scale.num_workers * (scale.cpus_per_worker + 1)
+    if cpus < need:
+        raise ConfigError(
+            f"data.preprocess = ray_data decodes on CPUs beside those of the workers: {scale.num_workers} workers of "
+            f"{scale.cpus_per_worker:g} CPU and one actor of 1 CPU for each need {need:g}, and the cluster has {cpus:g}; add "
+            "nodes, lower scale.num_workers, or leave data.preprocess out"
+        )

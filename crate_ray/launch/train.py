@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
-from crate_ray.launch.cluster import connect, resolve_scale, worker_need
+from crate_ray.launch.cluster import check_preprocessing, connect, resolve_scale, worker_need
 from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 
@@ -68,6 +68,7 @@ def launch_training(
     Lease.check_free(folder)  # what refuses the run without a cluster refuses it before one is started
     connect()
     config = config.model_copy(update={"scale": resolve_scale(config.scale)})
+    check_preprocessing(config)
     storage.check_writable(config.storage.path)
     with StopSignals() as signals:
         lease = Lease.take(folder)

@@ -6,6 +6,7 @@ else goes to the run folder. Checkpoints are ours: Ray is only told that one exi
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ import torch
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
+from crate_ray.data import BatchReader, open_reader
 from crate_ray.runs import RunFolder
 from crate_ray.training.loop import TrainingDivergedError, run_training
 
@@ -97,13 +99,22 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(payload["switch"], payload["attempt"])
     _log_to(folder, context.rank)
     try:
-        result = run_training(config, folder, context)
+        result = run_training(config, folder, context, open_batches=_who_decodes(config))
     except TrainingDivergedError as error:
         # Every rank sees the same loss; starting again from the checkpoint would diverge again.
         return {"state": "FAILED", "step": None, "reason": str(error)}
     finally:
         context.close()
     return {"state": result.state, "step": result.step, "reason": None}
+
+
+def _who_decodes(config: RunConfig) -> Callable[..., BatchReader]:
+    """Loader threads of this worker, or actors anywhere on the cluster."""
+    if config.data.preprocess is None:
+        return open_reader
+    from crate_ray.launch.preprocess import open_streamed_reader
+
+    return open_streamed_reader
 
 
 def _log_to(folder: RunFolder, rank: int) -> None:

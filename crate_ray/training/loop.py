@@ -9,14 +9,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
 
 from crate_ray.config import RunConfig
-from crate_ray.data import Reader, load_source, open_reader
+from crate_ray.data import BatchReader, load_source, open_reader
 from crate_ray.models import create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
 from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
@@ -79,19 +79,26 @@ class LocalContext:
         """See WorkerContext."""
 
 
-def run_training(config: RunConfig, folder: RunFolder, context: WorkerContext) -> LoopResult:
+def run_training(
+    config: RunConfig,
+    folder: RunFolder,
+    context: WorkerContext,
+    *,
+    open_batches: Callable[..., BatchReader] = open_reader,
+) -> LoopResult:
     """Trains until the last step or a stop, from the newest checkpoint of the folder.
 
     Args:
         config: The resolved configuration, the same on every rank.
         folder: The run; rank 0 alone writes records, all may read.
         context: This worker. With more than one, torch.distributed is initialised already.
+        open_batches: Who reads and decodes; called as `open_reader`, and hands out the same batches.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite.
         ConfigError: The data or a checkpoint cannot be read.
     """
-    trainer = Trainer(config, folder, context)
+    trainer = Trainer(config, folder, context, open_batches)
     try:
         return trainer.run()
     finally:
@@ -101,8 +108,11 @@ def run_training(config: RunConfig, folder: RunFolder, context: WorkerContext) -
 class Trainer:
     """The state of one attempt on one rank."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, context: WorkerContext) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, context: WorkerContext, open_batches: Callable[..., BatchReader]
+    ) -> None:
         self.config, self.folder, self.context = config, folder, context
+        self._open_batches = open_batches
         self.device = choose_device(config.scale.use_gpu, context.local_rank)
         self.precision = resolve_precision(config.train.precision, self.device.type)
         self.num_samples = load_source(config.data.source).num_samples
@@ -158,9 +168,9 @@ class Trainer:
         dist.broadcast_object_list(chosen)
         return chosen[0]
 
-    def _open_reader(self, cursor: int) -> Reader:
+    def _open_reader(self, cursor: int) -> BatchReader:
         data, context = self.config.data, self.context
-        return open_reader(
+        return self._open_batches(
             data.source,
             global_batch=self.config.train.global_batch,
             rank=context.rank,

@@ -15,6 +15,7 @@ FREE = {
     "data.eval",
     "data.test",
     "data.num_loaders",
+    "data.preprocess",
     "data.max_pixels",
     "data.on_error",
     "data.max_replaced_fraction",
@@ -48,7 +49,9 @@ def identity(*overrides: str) -> str:
         "checkpoint.every_steps=3",
         "checkpoint.keep_last=9",
         "data.num_loaders=0",
+        "data.preprocess=ray_data",
         "data.train=/elsewhere/train",
+        "data.mix=[{train: /elsewhere/a}, {train: /elsewhere/b}]",  # contents and weights are in the data's digest
         "data.on_error=raise",
         "data.cache_dir=/scratch/shards",
         "train.micro_batch=2",
@@ -91,6 +94,7 @@ def test_every_key_is_either_identity_or_known_to_be_free() -> None:
         "name=given",
         "train.micro_batch=8",
         "data.cache_dir=/x",
+        "data.preprocess=ray_data",
         "train.init_from=weights.pth",
         f"train.init_digest={HELD}",
     ]
