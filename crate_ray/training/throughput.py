@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from crate_ray.config import DataConfig
+
+_MOST_LOADERS: int = next(bound.le for bound in DataConfig.model_fields["num_loaders"].metadata if hasattr(bound, "le"))
 WARMUP_STEPS = 5
 WATCHED_STEPS = 20
 BOTTLENECK_FRACTION = 0.05
@@ -80,7 +83,7 @@ class _StreamWait(_HostWait):
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
@@ -100,7 +103,8 @@ class _StreamWait(_HostWait):
         gaps, self._gaps = self._gaps, []
         if gaps:
             gaps[-1][1].synchronize()
-        return super().take() + sum(min(end.elapsed_time(begin) / 1e3, waited_s) for end, begin, waited_s in gaps)
+        idle_s: float = sum(min(end.elapsed_time(begin) / 1e3, waited_s) for end, begin, waited_s in gaps)
+        return super().take() + idle_s
 
 
 class Throughput:
@@ -221,17 +225,19 @@ class LoaderWatch:
         if self._said is not None and self._said / 2 < enough < self._said * 2:
             return None
         self._said = enough
-        cores = _usable_cores()
-        room = "" if enough <= cores else f", if as many CPU cores were free (this process may use {cores})"
         return (
             f"the loader is the bottleneck: {seen.wait_fraction:.0%} of the time goes into waiting for images. An image takes "
             f"{read_s * 1e3:.3g} ms of a loader thread, and a step computes {self._images_per_step:g} images in "
-            f"{step_s * 1e3:.3g} ms: data.num_loaders={enough} would be enough instead of {self._num_loaders}{room}"
+            f"{step_s * 1e3:.3g} ms: {_remedy(enough, self._num_loaders)}"
         )
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _remedy(enough: int, num_loaders: int) -> str:
+    if enough > _MOST_LOADERS:
+        return f"{enough:,} loader threads would be needed, more than data.num_loaders can be ({_MOST_LOADERS})"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = "" if enough <= cores else f", if as many CPU cores are free (this process may use {cores})"
+    return f"data.num_loaders={enough} would be enough instead of {num_loaders}{room}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
