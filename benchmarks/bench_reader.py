@@ -42,9 +42,9 @@ from crate_ray.data.streams import Purpose, stream
 
 SIDE = 224
 SCALE = (0.2, 1.0)
-BATCH = {"small": 64, "large": 16}
+BATCH = {"small": 64, "large": 8}  # what is on its way at either end of a count is at most a batch
 WARM_BATCHES = 5  # our reader keeps four ahead, a DataLoader two a worker
-MEASURED = {"small": 1024, "large": 96}
+MEASURED = {"small": 1024, "large": 192}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GOAL_MS, GOAL_RAW_RATIO, GOAL_TWO_LOADERS = 2.0, 5.0, 1.1
 
