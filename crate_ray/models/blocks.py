@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crate_ray.models.linear import Linear, linear
 from crate_ray.models.patches import take_tokens
 
 
@@ -61,8 +62,8 @@ class SubspaceAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width) if num_heads > 1 else nn.Identity()
+        self.qkv = Linear(width, width, bias=False)
+        self.proj = Linear(width, width) if num_heads > 1 else nn.Identity()
 
     def project(self, z_BND: Tensor) -> Tensor:
         """The coordinates U_h^T z in every subspace, (B, H, N, P): what coding rates are measured on."""
@@ -115,8 +116,8 @@ class IstaStep(nn.Module):
 
     def forward(self, y_BND: Tensor) -> Tensor:
         """The sparse code after one step."""
-        residual_BND = y_BND - functional.linear(y_BND, self.dictionary)
-        ascent_BND = functional.linear(residual_BND, self.dictionary.t())
+        residual_BND = y_BND - linear(y_BND, self.dictionary)
+        ascent_BND = linear(residual_BND, self.dictionary.t())
         return functional.relu(y_BND + self.step_size * (ascent_BND - self.lam))
 
 
@@ -163,7 +164,7 @@ class CrateDecoderLayer(nn.Module):
 
     def forward(self, y_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
         """Y^{l+1} from Y^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""
-        synthesis_BND = functional.linear(self.norm1(y_BND), self.dictionary)
+        synthesis_BND = linear(self.norm1(y_BND), self.dictionary)
         compressed = self.attn(self.norm2(synthesis_BND), wanted_BM)
         return _residual(synthesis_BND, wanted_BM) - compressed  # type: ignore[no-any-return]
 
@@ -177,8 +178,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, *, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
         """Attention without the residual: of every token, or of those at the given positions, (B, M, D)."""
@@ -194,8 +195,8 @@ class SelfAttention(nn.Module):
         width = x_BND.shape[-1]
         weight_q, weight_kv = self.qkv.weight.split_with_sizes((width, 2 * width))
         bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split_with_sizes((width, 2 * width))
-        q_BMD = functional.linear(take_tokens(x_BND, wanted_BM), weight_q, bias_q)
-        k_BND, v_BND = functional.linear(x_BND, weight_kv, bias_kv).chunk(2, dim=-1)
+        q_BMD = linear(take_tokens(x_BND, wanted_BM), weight_q, bias_q)
+        k_BND, v_BND = linear(x_BND, weight_kv, bias_kv).chunk(2, dim=-1)
         return q_BMD, k_BND, v_BND
 
 
@@ -204,8 +205,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """The perceptron without the residual."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, initialise_linear
+from crate_ray.models.linear import Linear
 from crate_ray.models.patches import Masking, draw_masking, normalise_patches, patchify, sincos_positions, take_tokens
 
 
@@ -53,18 +54,18 @@ class MaskedAutoencoder(nn.Module):
         self.config = config
         grid_side = config.image_size // config.patch_size
         patch_values = 3 * config.patch_size**2
-        self.patch_embed = nn.Linear(patch_values, config.width)
+        self.patch_embed = Linear(patch_values, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.register_buffer("pos_embed", sincos_positions(config.width, grid_side))
         self.blocks = encoder_layers(config)
         self.norm = nn.LayerNorm(config.width, eps=config.final_norm_eps)
         if config.encoder_tokens == "visible":
-            self.decoder_embed = nn.Linear(config.width, config.decoder_width)
+            self.decoder_embed = Linear(config.width, config.decoder_width)
             self.register_buffer("decoder_pos_embed", sincos_positions(config.decoder_width, grid_side))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder_blocks = decoder_layers(config)
         self.decoder_norm = nn.LayerNorm(config.decoder_width, eps=config.final_norm_eps)
-        self.decoder_pred = nn.Linear(config.decoder_width, patch_values)
+        self.decoder_pred = Linear(config.decoder_width, patch_values)
         self._initialise()
 
     @property

@@ -1,4 +1,4 @@
-"""The fast training path against the plain one: the same loss and the same gradients, with less computed."""
+"""The fast paths against the plain ones: the same loss and the same gradients, with less computed or by another library."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_ray.config import ModelConfig
 from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.models import linear as linear_module
 from crate_ray.models.blocks import CrateDecoderLayer, TransformerLayer
+from crate_ray.models.linear import Linear
 from crate_ray.models.patches import take_tokens
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 48, "num_heads": 3, "encoder_depth": 2, "decoder_depth": 2}
@@ -80,3 +82,57 @@ def test_the_training_path_repeats_bit_by_bit(name: str) -> None:
     second, second_gradients = loss_and_gradients(model, model.losses(images, noise).mean())
     assert torch.equal(first, second)
     assert all(torch.equal(gradient, second_gradients[key]) for key, gradient in first_gradients.items())
+
+
+needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the choice of an AMD processor with AVX-512 wherever the test runs."""
+    monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", True)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 33, 192), (700, 192)])
+def test_onednn_gives_the_product_and_gradients_of_float64(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(192, 384, bias=bias), torch.randn(shape, requires_grad=True)
+    assert linear_module.takes_onednn(x, layer.weight)
+    exact, exact_x = nn.Linear(192, 384, bias=bias).double(), x.detach().double().requires_grad_()
+    exact.load_state_dict(layer.state_dict())
+    weighting = torch.randn(*shape[:-1], 384)
+    torch.autograd.backward(layer(x), weighting)
+    torch.autograd.backward(exact(exact_x), weighting.double())
+    assert_close(layer(x).detach().double(), exact(exact_x).detach(), "output")
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    assert_close(x.grad.double(), exact_x.grad, "input")
+    for (name, ours), theirs in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert_close(ours.grad.double(), theirs.grad, name)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("onednn")
+def test_onednn_is_left_to_large_float32_products_that_are_not_exported() -> None:
+    layer, x = Linear(192, 384), torch.randn(700, 192)
+    assert not linear_module.takes_onednn(x[:2], layer.weight)
+    assert not linear_module.takes_onednn(x.double(), layer.weight.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not linear_module.takes_onednn(x, layer.weight)
+        assert layer(x).dtype == torch.bfloat16
+    exported = torch.export.export(layer, (x,))
+    assert [str(node.target) for node in exported.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+
+
+@needs_onednn
+@pytest.mark.usefixtures("onednn")
+def test_torch_counts_the_operations_of_onednn() -> None:
+    layer, x = Linear(192, 384), torch.randn(700, 192, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 700 * 192 * 384
