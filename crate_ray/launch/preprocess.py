@@ -87,6 +87,7 @@ class StreamedReader:
             fn_constructor_args=self._arguments,
             batch_size=1,
             num_cpus=1,
+            scheduling_strategy="DEFAULT",  # fills nodes without a GPU first; Ray Data's own, SPREAD, does not
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self._num_actors, initial_size=self._num_actors),
         )
         return iter(batches.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=_FETCHED_AHEAD))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -61,6 +62,29 @@ def test_the_batches_are_those_of_the_reader_bit_by_bit_and_in_order_and_a_curso
     while free_cpus() < before and time.monotonic() < deadline:
         time.sleep(0.2)
     assert free_cpus() == before, "actors are still there"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_actor_that_is_killed_costs_time_and_no_batch(digits: Path) -> None:
+    from crate_ray.data import open_reader
+    from crate_ray.launch.preprocess import open_streamed_reader
+
+    options = {"global_batch": 16, "image_size": 32, "rank": 0, "world_size": 1, "seed": 1, "lanes": 8, "window": 64}
+    url = str(digits / "train")
+    with closing(open_streamed_reader(url, num_loaders=2, **options)) as streamed, open_reader(url, **options) as reader:
+        for step in range(400):
+            if step == 5:
+                _kill_one_actor()
+            ours, expected = next(streamed), next(reader)
+            assert torch.equal(ours.images_BCHW, expected.images_BCHW)
+            assert torch.equal(ours.sample_ids_B, expected.sample_ids_B)
+
+
+def _kill_one_actor() -> None:
+    """SIGKILL to a process of this session's cluster that decodes."""
+    raylets = [child for child in psutil.Process().children(recursive=True) if "raylet" in child.name()]
+    actors = [child for raylet in raylets for child in raylet.children() if "_BatchMaker" in " ".join(child.cmdline())]
+    actors[0].kill()
 
 
 @pytest.mark.usefixtures("cluster")
