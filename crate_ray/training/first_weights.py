@@ -140,9 +140,10 @@ def _pinned_parts(config: RunConfig, digest: str, parts: dict[str, Any]) -> dict
 
 def _check_same_encoder(config: RunConfig, theirs: ModelConfig) -> None:
     """Refuses a run whose encoder computes something else than ours; image sizes may differ."""
+    keys = _ENCODER_KEYS if theirs.family == config.model.family else ("family",)
     differences = [
         f"model.{key}: {value} there, {ours} here"
-        for key in _ENCODER_KEYS
+        for key in keys
         if (value := _value(theirs, key)) != (ours := _value(config.model, key))
     ]
     if differences:
