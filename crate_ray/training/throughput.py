@@ -190,8 +190,8 @@ def enough_loaders(read_s: float, *, images: float, step_s: float) -> int:
 class LoaderWatch:
     """Names the loader as the bottleneck, with the number of threads that would be enough.
 
-    While steps wait for batches all loader threads are at work, so the seconds of a thread an image are threads times time
-    over images. It speaks once, and again when the number has doubled or halved since.
+    While steps wait for batches all loaders are at work, threads or actors of `data.preprocess`, so the seconds of a loader an
+    image are loaders times time over images. It speaks once, and again when the number has doubled or halved since.
 
     Args:
         num_loaders: data.num_loaders.
@@ -227,16 +227,16 @@ class LoaderWatch:
         self._said = enough
         return (
             f"the loader is the bottleneck: {seen.wait_fraction:.0%} of the time goes into waiting for images. An image takes "
-            f"{read_s * 1e3:.3g} ms of a loader thread, and a step computes {self._images_per_step:g} images in "
+            f"{read_s * 1e3:.3g} ms of a loader, and a step computes {self._images_per_step:g} images in "
             f"{step_s * 1e3:.3g} ms: {_remedy(enough, self._num_loaders)}"
         )
 
 
 def _remedy(enough: int, num_loaders: int) -> str:
     if enough > _MOST_LOADERS:
-        return f"{enough:,} loader threads would be needed, more than data.num_loaders can be ({_MOST_LOADERS})"
+        return f"{enough:,} loaders would be needed, more than data.num_loaders can be ({_MOST_LOADERS})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = "" if enough <= cores else f", if as many CPU cores are free (this process may use {cores})"
+    room = "" if enough <= cores else f", if as many CPU cores are free (here {cores})"
     return f"data.num_loaders={enough} would be enough instead of {num_loaders}{room}"
 
 

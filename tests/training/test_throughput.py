@@ -160,7 +160,7 @@ def test_the_watch_speaks_once_and_again_when_the_number_has_doubled() -> None:
     said = watch.look(Window(10, 10.0, 6.0))  # 60% wait: 2 threads / 0.4 x 1.1 = 5.5
     assert said is not None
     assert "60% of the time" in said
-    assert "200 ms of a loader thread" in said
+    assert "200 ms of a loader," in said
     assert "10 images in 400 ms" in said
     assert advised(said) == 6
     assert watch.look(Window(20, 20.0, 14.0)) is None  # 8 now
@@ -175,7 +175,7 @@ def test_what_no_number_of_loaders_can_serve_is_not_advised() -> None:
     watch.look(Window(WARMUP_STEPS, 1.0, 0.0))
     said = watch.look(Window(WATCHED_STEPS, 20.0, 19.95))  # 2 threads x 20 s / 0.05 s x 1.1
     assert said is not None
-    assert "880 loader threads would be needed, more than data.num_loaders can be (256)" in said
+    assert "880 loaders would be needed, more than data.num_loaders can be (256)" in said
 
 
 def test_time_between_steps_counts_neither_as_step_nor_as_wait() -> None:
