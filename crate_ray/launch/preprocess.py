@@ -25,6 +25,7 @@ from crate_ray.data.loaders import LoaderThreads
 _STREAM_BATCHES = 1024  # of one execution of Ray Data, which plans all of its tasks before the first
 _HANDOVER_BATCHES = 32  # left of a stream when the next one starts, so that its actors are there in time
 _FETCHED_AHEAD = 2  # batches that are on this node before they are asked for
+_STORED_AHEAD = 8  # batches in the object store for each actor, and for two more; with 4, Ray Data lets actors idle
 
 Row = dict[str, NDArray[Any]]
 
@@ -53,7 +54,7 @@ def _unpack(row: Row) -> Batch:
 
 
 class StreamedReader:
-    """An endless iterator over one rank's batches, made on other nodes; made by `open_streamed_reader`."""
+    """An endless iterator over one rank's batches, decoded by actors; made by `open_streamed_reader`."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class StreamedReader:
         share = rank_slice(options["rank"], options["world_size"], options["global_batch"])
         self._arguments, self._num_actors, self._timeout_s = (source, options), num_actors, timeout_s
         self._step, self._rows_a_batch = options["global_batch"], share.stop - share.start
+        self._batch_bytes = share.padded * (3 * options["image_size"] ** 2 + 4 * options.get("noise_size", 0))
         self._replaced = ReplacedSamples(max_replaced_fraction, index.url)
         self._cursor = cursor
         # Ray Data waits for free CPUs without end: in a thread of its own that becomes an error of this one.
@@ -81,6 +83,10 @@ class StreamedReader:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
+        # Else every worker's stream fills half of the object store, which all of them share.
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+            object_store_memory=_STORED_AHEAD * (self._num_actors + 2) * self._batch_bytes
+        )
         cursors = [{"cursor": cursor + number * self._step} for number in range(_STREAM_BATCHES)]
         batches = ray.data.from_items(cursors, override_num_blocks=_STREAM_BATCHES).map_batches(
             _BatchMaker,
