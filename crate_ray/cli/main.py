@@ -17,15 +17,16 @@ from crate_ray.cli import data, doctor, export, models, probe, quickstart, runs,
 from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
 from crate_ray.runs import LeaseLostError
+from crate_ray.storage import StorageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("quickstart", short_help="The main job on embedded data.")(quickstart.quickstart)
 app.command("doctor", short_help="What would fail later, found now.")(doctor.doctor)
 app.add_typer(data.app, name="data", short_help="Build, index and inspect shards.")
-app.command("train", short_help="Pretrain one model; again resumes.")(train.train)
+app.command("train", short_help="Train one model; again resumes.")(train.train)
 app.command("runs", short_help="List runs and their states.")(runs.runs)
-app.command("probe", short_help="Judge the features of finished runs.")(probe.probe)
-app.command("models", short_help="Presets: parameters and GFLOPs.")(models.models)
+app.command("probe", short_help="Judge finished runs; draw what they see.")(probe.probe)
+app.command("models", short_help="Parameters, GFLOPs and memory of a model.")(models.models)
 app.command("weights", short_help="Read, identify or convert a weights file.")(weights.weights)
 app.command("export", short_help="Weights for other programs.")(export.export)
 app.add_typer(tracking.app, name="tracking", short_help="MLflow: open, catch up, close dead runs.")
@@ -77,7 +78,7 @@ def main() -> None:
     except ConfigError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_REFUSED)
-    except LeaseLostError as error:
+    except (LeaseLostError, StorageError, TimeoutError) as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

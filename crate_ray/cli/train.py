@@ -21,7 +21,7 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Pretrain one model with Ray Train; the same command again resumes."""
+    """Train one model with Ray Train, pretraining or classification; the same command again resumes."""
     config = RunConfig.load(recipe, overrides)
     if dry_run:
         plan(config, as_json=as_json)

@@ -147,6 +147,8 @@ def _read_table(url: str, file_name: str, schema: pa.Schema) -> tuple[pa.Table, 
         if version == SCHEMA_VERSION:
             int(metadata[b"num_classes"])
             return _complete(table, schema), metadata
+    except storage.StorageError:
+        raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{uri} is not an index of crate-ray ({error}); run `crate-ray data index {url}`") from None
     raise ConfigError(

@@ -413,6 +413,7 @@ def read_all(
     noise_size: int = 0,
     seed: int = 0,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    on_error: Literal["replace", "raise"] = "raise",
     prefetch: int = 4,
     loader_timeout_s: float = DEFAULT_LOADER_TIMEOUT_S,
     cache_dir: str | None = None,
@@ -421,7 +422,7 @@ def read_all(
     """Read samples once in index order, resized and cut centrally, for evaluation; the last batch may be shorter.
 
     Mask noise is that of epoch 0, so every pass masks the same patches. An unreadable sample raises: numbers that are
-    compared must not rest on a stand-in.
+    compared must not rest on a stand-in. Where images are only looked among, `replace` gives its neighbour, label and all.
 
     Args:
         source: Folder of shards with their index; or the parts of a mix, in the order of their combined index.
@@ -432,6 +433,7 @@ def read_all(
         noise_size: Length N of the mask noise of a sample; 0 for none.
         seed: Seed of the noise.
         max_pixels: Larger images are refused from their header.
+        on_error: What to do with a sample that cannot be read.
         prefetch: Batches read ahead.
         loader_timeout_s: As in `open_reader`.
         cache_dir: As in `open_reader`.
@@ -440,7 +442,7 @@ def read_all(
     index = load_source(source)
     ids = np.arange(index.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
     transform = Transform(image_size, noise_size=noise_size, seed=seed, max_pixels=max_pixels)
-    loader = SampleLoader(index, transform, replace=False, cache=_open_cache(cache_dir, cache_bytes))
+    loader = SampleLoader(index, transform, replace=on_error == "replace", cache=_open_cache(cache_dir, cache_bytes))
     batches = (ids[start : start + batch_size] for start in range(0, len(ids), batch_size))
     ahead = _ReadAhead(
         loader, num_loaders=num_loaders, prefetch=prefetch, horizon=_EVALUATION_HORIZON, timeout_s=loader_timeout_s

@@ -115,7 +115,12 @@ def measure_images(
 
 
 def read_images(config: RunConfig, source: Source, *, sample_ids: Ids | None = None, noise: bool = False) -> Iterator[Batch]:
-    """One pass over images as the run's model sees them, unaugmented; with the fixed mask noise where it is asked for."""
+    """One pass over images as the run's model sees them, unaugmented; with the fixed mask noise where it is asked for.
+
+    A damaged image that is judged raises. One of the training images, which probes and kNN learn from, is dealt with as in
+    training (`data.on_error`): what the run got over must not end it at its last step.
+    """
+    is_judged = source in (config.data.eval, config.data.test)
     return read_all(
         source,
         batch_size=EVAL_BATCH,
@@ -124,6 +129,7 @@ def read_images(config: RunConfig, source: Source, *, sample_ids: Ids | None = N
         sample_ids=sample_ids,
         noise_size=config.model.num_patches if noise else 0,
         max_pixels=config.data.max_pixels,
+        on_error="raise" if is_judged else config.data.on_error,
         loader_timeout_s=config.data.loader_timeout_s,
         cache_dir=config.data.cache_dir,
         cache_bytes=config.data.cache_bytes,

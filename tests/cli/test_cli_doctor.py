@@ -32,7 +32,7 @@ def test_each_thing_that_would_fail_is_one_sentence_with_its_fix(invoke, monkeyp
     assert result.code == 1
     assert "they do not fit together (RuntimeError: operator torchvision::nms does not exist)" in result.out
     assert "fix: install both from one index" in result.out
-    assert "scheme 'ftp' is not supported" in result.out
+    assert "scheme 'ftp' of 'ftp://...' is not supported" in result.out
     assert "not ready" in result.out
 
 
