@@ -1,6 +1,6 @@
 """Which changes make a training step faster? Each idea beside what it would replace, taking turns.
 
-    python -m benchmarks.bench_ideas [--ideas ista,attention] [--rounds 9] [--device cuda]
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_ideas [--ideas ista,attention] [--rounds 9] [--cpu-time] [--device cuda]
 
 Prints Markdown: milliseconds of forward and backward (of the update for `optimizer`), median over rounds; the ratio to the
 first variant round by round, median (smallest to largest); and the norm of a gradient's difference from the first
@@ -11,6 +11,7 @@ What was kept, and why, stands in docs/numerics.md under Speed.
 import argparse
 import ctypes
 import statistics
+import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -247,23 +248,28 @@ def main() -> None:
     parser.add_argument("--precision", default="float32,bfloat16", help="by commas")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process: for one thread beside other work")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     device = torch.device(options.device)
-    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds\n")
+    threads = torch.get_num_threads()
+    print(f"{device.type}, torch {torch.__version__}, {threads} threads, {options.rounds} rounds, {clock.__name__}\n")
     print("| idea | precision | variant | ms | ratio to the first | difference |\n|---|---|---|---|---|---|")
     for name in options.ideas.split(","):
         for precision in options.precision.split(",") if name != "optimizer" else ["float32"]:
             torch.manual_seed(0)
-            run_idea(name, IDEAS[name](device, precision), precision, options.rounds, device)
+            run_idea(name, IDEAS[name](device, precision), precision, options.rounds, device, clock)
 
 
-def run_idea(name: str, variants: Variants, precision: str, rounds: int, device: torch.device) -> None:
+def run_idea(
+    name: str, variants: Variants, precision: str, rounds: int, device: torch.device, clock: Callable[[], float]
+) -> None:
     """Rounds of every variant; one line a variant."""
     gradients = {variant: run() for variant, run in variants.items()}
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant, run in variants.items():
-            seconds[variant].append(seconds_of(run, device))
+            seconds[variant].append(seconds_of(run, device, clock))
     first = next(iter(variants))
     for variant, times in seconds.items():
         ratios = sorted(mine / base for mine, base in zip(times, seconds[first], strict=True))

@@ -89,6 +89,7 @@ def bench_model(name: str, options: argparse.Namespace, device: torch.device, ba
     config = ModelConfig.parse({"preset": name, **options.overrides})
     print(f"## {name}, {config.image_size}/{config.patch_size}\n")
     contenders = build_contenders(config, options, device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     for contender in contenders:
         for _ in range(WARMUPS):
             contender.step()
@@ -96,9 +97,9 @@ def bench_model(name: str, options: argparse.Namespace, device: torch.device, ba
     peaks: dict[str, list[float]] = {precision: [] for precision in options.precision}
     for _ in range(options.rounds):
         for precision, values in peaks.items():
-            values.append(measure_peak(device, DTYPES[precision]))
+            values.append(measure_peak(device, DTYPES[precision], clock=clock))
         for contender in contenders:
-            contender.seconds.append(seconds_of(contender.step, device) / options.steps)
+            contender.seconds.append(seconds_of(contender.step, device, clock) / options.steps)
     measured = {precision: statistics.median(values) for precision, values in peaks.items()}
     rows = [describe(contender, options.batch, measured, device) for contender in contenders]
     ratios = compare(contenders)
@@ -308,6 +309,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images a step; 8 on a CPU, 128 on a GPU")
     parser.add_argument("--rounds", type=int, help="5, or 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer rounds of smaller batches")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process: for one thread beside other work")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of every model")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every time measured")
     options = parser.parse_args(arguments)
