@@ -50,22 +50,23 @@ def _show_version(value: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
-    """Pretrain CRATE-MAE and MAE on Ray, and compare them in MLflow."""
+    """Train CRATE-MAE and MAE on Ray, and compare them in MLflow."""
 
 
 def run() -> None:
     """Entry point of the process: `main`, and an exit that keeps its code.
 
-    A refusal before Ray was loaded has nothing to clean up. It leaves without the destructors of native libraries, one
-    of which now and then aborts with "terminate called without an active exception" and turns exit code 2 into 134.
+    A verb that loaded neither Ray nor MLflow has nothing to clean up. It leaves without the destructors of native libraries,
+    one of which now and then aborts with "terminate called without an active exception" and turns any exit code into 134.
     """
     try:
         main()
     except SystemExit as end:
-        if end.code == EXIT_REFUSED and "ray" not in sys.modules:
+        code = 0 if end.code is None else end.code
+        if isinstance(code, int) and not {"ray", "mlflow"} & sys.modules.keys():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(EXIT_REFUSED)
+            os._exit(code)
         raise
 
 
@@ -78,7 +79,15 @@ def main() -> None:
     except ConfigError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_REFUSED)
-    except (LeaseLostError, StorageError, TimeoutError) as error:
+    except StorageError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_REFUSED)
+    except LeaseLostError as error:
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except TimeoutError as error:
+        if not type(error).__module__.startswith("crate_ray."):
+            raise
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

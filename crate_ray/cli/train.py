@@ -21,7 +21,7 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one model with Ray Train, pretraining or classification; the same command again resumes."""
+    """Pretrain, classify or fine-tune (train.init_from) one model with Ray Train; the same command again resumes the run."""
     config = RunConfig.load(recipe, overrides)
     if dry_run:
         plan(config, as_json=as_json)
@@ -96,6 +96,8 @@ def plan(config: RunConfig, *, as_json: bool) -> None:
     facts = {
         "run": folder.name,
         "folder": folder.uri,
+        "task": config.task,
+        **({"starts_from": config.train.init_from} if config.train.init_from else {}),
         "samples": samples,
         "steps": steps,
         "epochs": round(steps * config.train.global_batch / samples, 2),
@@ -106,13 +108,14 @@ def plan(config: RunConfig, *, as_json: bool) -> None:
         "micro_batches": math.ceil(rows / (config.train.micro_batch or rows)),
         "params_trainable": parameters.trainable,
         "params_encoder": parameters.encoder,
-        "training_gflops_per_image": round(flops / 1e9, 4),
-        "training_pflops": round(flops * steps * config.train.global_batch / 1e15, 4),
+        "training_gflops_per_image": float(f"{flops / 1e9:.4g}"),
+        "training_pflops_in_all": float(f"{flops * steps * config.train.global_batch / 1e15:.4g}"),
     }
     if as_json:
         print_json({**facts, **({"mix": mix} if mix else {}), "config": config.model_dump(mode="json")})
         return
-    print_table(("", "value"), [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items()])
+    shown = [(key, f"{value:,}" if isinstance(value, int) else escape(str(value))) for key, value in facts.items()]
+    print_table(("key", "value"), shown)
     if mix:
         print_table(
             ("data set", "images", "share", "epochs"),

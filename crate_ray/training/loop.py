@@ -203,7 +203,8 @@ class Trainer:
             with self.throughput.waiting():
                 batch = next(self.reader)
             lr = self._learning_rate()
-            pending = self.train_step(batch, lr=lr, stop=self.context.stop_requested(), save=self._is_save_time())
+            stop, save, replaced = self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples
+            pending = self.train_step(batch, lr=lr, stop=stop, save=save, replaced=replaced)
             self.step += 1
             self._settle(pending)
             self.train_seconds += self.throughput.step_done()
@@ -270,7 +271,7 @@ class Trainer:
             "train/grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
             "train/lr": lr,
             **self._epochs(),
-            "data/replaced_samples": self.reader.replaced_samples,
+            "data/replaced_samples": outcomes[-1].replaced,
             "memory/peak_gib": peak_memory_gib(self.device),
             **window.metrics(self.config.train.global_batch),
         }

@@ -34,12 +34,13 @@ _BUFFERS_STAY: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Loss of the global batch, norm of its gradient, and whether any rank voted to stop or to save."""
+    """Loss of the global batch, norm of its gradient, whether any rank voted to stop or to save, samples replaced by all."""
 
     loss: float
     grad_norm: float
     stop: bool
     save: bool
+    replaced: int
 
 
 class TrainStep:
@@ -85,7 +86,9 @@ class TrainStep:
                 self._objective, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY
             )
 
-    def __call__(self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False) -> "PendingOutcome":
+    def __call__(
+        self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False, replaced: int = 0
+    ) -> "PendingOutcome":
         """Runs one update.
 
         Args:
@@ -93,6 +96,7 @@ class TrainStep:
             lr: Learning rate of this update; a parameter group's `lr_scale` multiplies it.
             stop: This rank's vote to stop; votes travel with the loss, in the same all-reduce.
             save: This rank's vote to write a checkpoint.
+            replaced: Samples that this rank had to replace so far; summed over ranks on the same way.
 
         Returns:
             The step's numbers, read later so that a GPU need not be waited for.
@@ -103,7 +107,7 @@ class TrainStep:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        votes = torch.tensor([float(stop), float(save)]).to(self.device, non_blocking=True)
+        votes = torch.tensor([float(stop), float(save), float(replaced)]).to(self.device, non_blocking=True)
         shared = torch.cat([(loss / self._world_size).view(1), votes])
         if self._world_size > 1:
             dist.all_reduce(shared)
@@ -157,5 +161,5 @@ class PendingOutcome:
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
-        loss, stops, saves = self._shared.tolist()
-        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0)
+        loss, stops, saves, replaced = self._shared.tolist()
+        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0, round(replaced))
