@@ -101,9 +101,7 @@ class ShardIndex:
 
 
 def read_shard(uri: str) -> Buffer:
-    """The bytes of a shard: a memory map of a local file, a download of a remote one."""
-    if not storage.is_local(uri):
-        return storage.read_bytes(uri)
+    """A memory map of a local shard."""
     with storage.local_path(uri).open("rb") as file:
         if file.seek(0, io.SEEK_END) == 0:
             raise ConfigError(f"shard {uri} is empty; write or copy it again")

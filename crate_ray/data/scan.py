@@ -23,7 +23,7 @@ from crate_ray.data.schema import NO_LABEL, SAMPLES_SCHEMA
 from crate_ray.data.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, image_extensions, kind_of, runs_code, split_name
 from crate_ray.data.tar import WINDOW_BYTES, DamagedShardError, Member, ShardStream, walk_tar
 
-_REMOTE_WINDOW_BYTES = 16 << 20  # one request each
+_REMOTE_CHUNK_BYTES = 16 << 20  # one request each
 _MAX_METADATA_BYTES = 1 << 20
 _MAX_IMAGE_BYTES = 256 << 20
 _MAX_LABEL = 2**31 - 1
@@ -84,12 +84,29 @@ class _Sample:
     refused: bool = False
 
 
+class _Chunks:
+    """Chunks of any size as a source for `ShardStream`."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
 @contextmanager
 def open_shard(file: ShardFile) -> Iterator[ShardStream]:
     """A shard from its start; raises OSError when it cannot be opened."""
-    window = WINDOW_BYTES if storage.is_local(file.uri) else _REMOTE_WINDOW_BYTES
+    if not storage.is_local(file.uri):
+        with storage.RemoteFile(file.uri) as remote:
+            yield ShardStream(_Chunks(remote.chunks(_REMOTE_CHUNK_BYTES)), file.size, file.name)
+        return
     with storage.open_input(file.uri) as source:
-        yield ShardStream(source, file.size, file.name, window=window)
+        yield ShardStream(source, file.size, file.name)
 
 
 def _valid_label(value: object) -> int | str:
@@ -135,9 +152,7 @@ class ShardScanner:
         else:
             try:
                 with open_shard(self._file) as stream:
-                    for member in walk_tar(
-                        stream,
-                    ):
+                    for member in walk_tar(stream):
                         self._take(member, stream)
                     checksum = stream.checksum()
             except DamagedShardError as error:

@@ -22,6 +22,8 @@ from crate_ray.data.scan import Inspect, ShardFile, ShardScan, scan_shard
 from crate_ray.data.schema import NO_LABEL
 from crate_ray.data.workers import TaskMap, map_here
 
+_COMPARED = ("key", "offset", "xxh3", "label")
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -64,7 +66,7 @@ def _decode(content: bytes, *, max_pixels: int) -> None:
 
 def _lookup(table: pa.Table) -> dict[str, tuple[int, int, int]]:
     """Offset, hash and label of each sample by its key."""
-    columns = (table[name].to_pylist() for name in ("key", "offset", "xxh3", "label"))
+    columns = (table[name].to_pylist() for name in _COMPARED)
     return {key: (offset, xxh3, label) for key, offset, xxh3, label in zip(*columns, strict=True)}
 
 
@@ -141,8 +143,9 @@ def _listed(url: str) -> dict[str, ShardFile]:
 def _indexed_tasks(index: ShardIndex) -> tuple[list[_Task], list[Finding]]:
     """A task for each shard of an index, and for each that lies beside them without being in it."""
     listed, tasks, findings, first = _listed(index.shards_url), [], list[Finding](), 0
+    compared = index.samples.select(_COMPARED)  # taken, not sliced: a slice is pickled with the buffers of the whole index
     for row, uri in zip(index.shards.to_pylist(), index.shard_uris, strict=True):
-        name, rows = row["name"], index.samples.slice(first, row["count"])
+        name, rows = row["name"], compared.take(pa.array(np.arange(first, first + row["count"])))
         first += row["count"]
         known = listed.pop(name, None)
         file = known if known is not None and row["uri"] in (None, storage.absolute(known.uri)) else _file_of_row(name, uri)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 import threading
 from contextlib import ExitStack
@@ -12,12 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_server import FaultServer
 from hostile import image, webdataset_reads
 
 from crate_ray.config import ConfigError
 from crate_ray.data import DamagedDataError, Fault, ShardIndex, build_index, load_index, open_reader, verify_shards
 from crate_ray.data.listing import list_shards
 from crate_ray.data.shards import image_extensions, pack_shard, runs_code
+from crate_ray.data.verify import _indexed_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
@@ -249,3 +252,20 @@ def test_shards_of_a_web_server_are_named_one_by_one_and_indexed_elsewhere(tree,
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_a_web_server_that_ignores_ranges_is_asked_once_for_a_shard_that_is_indexed(tmp_path, monkeypatch):
+    monkeypatch.setattr("crate_ray.data.scan._REMOTE_CHUNK_BYTES", 1000)
+    shard = pack_shard({"__key__": f"k{i}", "png": image(i, "PNG"), "cls": b"1"} for i in range(20))
+    with FaultServer({"/a.tar": shard}) as server:
+        server.fail("whole")
+        assert build_index(f"{server.url}/a.tar", out=str(tmp_path / "mine")).num_samples == 20
+        assert server.count("GET") == 1
+
+
+def test_a_task_of_an_audit_carries_the_rows_of_its_own_shard_only(tmp_path):
+    rows = [{"__key__": f"key-{i:05d}", "jpg": b"1"} for i in range(2000)]
+    for shard in range(20):
+        (tmp_path / f"s{shard:02d}.tar").write_bytes(pack_shard(rows[100 * shard : 100 * (shard + 1)]))
+    tasks, _ = _indexed_tasks(indexed(tmp_path))
+    assert max(len(pickle.dumps(task)) for task in tasks) < 100 * 60  # key, offset, hash and label of 100 samples
