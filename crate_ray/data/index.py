@@ -35,8 +35,9 @@ class ShardIndex:
 
     Attributes:
         url: The folder of the tables; the shards lie there too where their rows state no URI.
-        samples: Columns shard, key, extension, offset, size, label, source, xxh3, mask_offset, mask_size; in shard order.
-        shards: Columns name, bytes, count, checksum, modified, uri; sorted by name.
+        samples: Columns shard, key, extension, offset, size, label, source, xxh3, mask_offset, mask_size, members; in shard
+            order.
+        shards: Columns name, bytes, count, checksum, modified, uri, etag; sorted by name.
         num_classes: Number of classes of the data set; 0 without labels.
         shards_url: Folder and pattern that were indexed.
         label_field: Field of `json` that the labels were read from; None for the usual places.
@@ -160,7 +161,7 @@ def load_index(url: str) -> ShardIndex:
     Raises:
         ConfigError: When the folder or its index does not exist, is of another version, or holds no samples.
     """
-    shards, _ = _read_table(url, SHARDS_FILE, SHARDS_SCHEMA)
+    shards, beside = _read_table(url, SHARDS_FILE, SHARDS_SCHEMA)
     samples, metadata = _read_table(url, SAMPLES_FILE, SAMPLES_SCHEMA)
     shards_url = metadata.get(b"shards_url", b"").decode() or storage.join(url, metadata.get(b"pattern", b"*.tar").decode())
     samples = samples.unify_dictionaries().combine_chunks()
@@ -169,6 +170,7 @@ def load_index(url: str) -> ShardIndex:
     )
     if index.num_samples == 0:
         raise ConfigError(f"{url} holds no samples; build it again or point at another folder")
-    if sum(index.shard_sizes) != index.num_samples:
-        raise ConfigError(f"{url}: {SAMPLES_FILE} and {SHARDS_FILE} disagree; run `crate-ray data index {url}`")
+    pairs = {stated[b"pair"] for stated in (beside, metadata) if b"pair" in stated}
+    if len(pairs) > 1 or sum(index.shard_sizes) != index.num_samples:
+        raise ConfigError(f"{url}: {SAMPLES_FILE} and {SHARDS_FILE} disagree; index again: `crate-ray data index {url}`")
     return index

@@ -83,7 +83,7 @@ class _Parts:
             ) from None
 
     def _name(self, file: ShardFile) -> str:
-        stated = [SCHEMA_VERSION, file.name, file.uri, file.size, file.modified, self._label_field]
+        stated = [SCHEMA_VERSION, file.name, file.uri, file.size, file.modified, file.etag, self._label_field]
         return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:32] + ".parquet"
 
     def write(self, scan: ShardScan) -> None:
@@ -211,13 +211,14 @@ def _num_classes(url: str, largest_label: int, num_classes: int | None) -> int:
 
 
 def _write_tables(listing: Listing, out: str, parts: _Parts, totals: _Totals, stated: dict[str, str]) -> list[dict[str, Any]]:
-    """Write both tables; return the rows of `shards.parquet`."""
+    """Write both tables, and into both what shows that they belong together; return the rows of `shards.parquet`."""
     metadata = {"schema_version": str(SCHEMA_VERSION), "pattern": listing.pattern, **stated}
     is_beside = storage.absolute(out) == storage.absolute(listing.folder)
     if not is_beside:
         metadata["shards_url"] = storage.join(storage.absolute(listing.folder), listing.pattern)
     files = [file for file in listing.files if file.name in totals.rows]
     rows = [totals.rows[file.name] | {"uri": None if is_beside else storage.absolute(file.uri)} for file in files]
+    metadata["pair"] = hashlib.sha256(json.dumps([rows, metadata]).encode()).hexdigest()
     _write_samples(storage.join(out, SAMPLES_FILE), files, parts, metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA.with_metadata(metadata)), sink, compression="zstd")
@@ -244,7 +245,7 @@ def build_index(
         num_classes: Classes of the data set; by default the largest label plus one.
         label_field: Field of the member `json` that holds the label; by default `label` or `cls`, after the member `cls`.
         skip_damaged: Leave out damaged shards and samples, and count them, instead of refusing.
-        record_times: Write down when each shard was last changed; without, equal shards have equal indexes.
+        record_times: Write down when each shard was last changed, or its etag; without, equal shards have equal indexes.
         task_map: Who scans the shards.
         progress: Called with the shards done, the shards in all and the samples found.
 
@@ -263,7 +264,7 @@ def build_index(
     stated = {"num_classes": str(classes), "label_field": label_field or ""}
     if not record_times:
         for row in totals.rows.values():
-            row["modified"] = None
+            row["modified"] = row["etag"] = None
     rows = _write_tables(listing, target, parts, totals, stated)
     parts.remove()
     _warn(totals.findings)

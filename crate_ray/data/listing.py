@@ -83,18 +83,19 @@ def _named(folder: str, names: list[str]) -> list[ShardFile]:
     """Shards that are named in full; object stores are asked for all of them at once."""
     uris = [storage.join(folder, name) for name in names]
     if not uris or is_web(uris[0]):
-        return [ShardFile(name, uri, _web_size(uri), None) for name, uri in zip(names, uris, strict=True)]
+        return [_web_file(name, uri) for name, uri in zip(names, uris, strict=True)]
     store, _ = storage.open_store(folder)
     paths = [storage.open_store(uri)[1] for uri in uris]
     infos = retrying(lambda: store.get_file_info(paths), f"look at shards in {folder}")
     return [_shard_file(folder, name, info) for name, info in zip(names, infos, strict=True)]
 
 
-def _web_size(uri: str) -> int:
+def _web_file(name: str, uri: str) -> ShardFile:
     try:
-        return storage.size(uri)
-    except FileNotFoundError:
-        return -1
+        found = storage.RemoteFile(uri)
+    except (FileNotFoundError, IsADirectoryError):
+        return ShardFile(name, uri, -1, None)
+    return ShardFile(name, uri, found.size, None, found.version or None)
 
 
 def _shard_file(folder: str, name: str, info: Any) -> ShardFile:

@@ -41,12 +41,14 @@ class ShardFile:
         uri: Where it lies.
         size: Bytes; -1 when it is not there.
         modified: Time of its last change, nanoseconds since 1970; None where the store does not say.
+        etag: What a web server says changes with its content: its etag, else the date of its last change.
     """
 
     name: str
     uri: str
     size: int
     modified: int | None
+    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ShardScan:
         """Its row of `shards.parquet`; without `uri`, which the index decides."""
         file = self.file
         stated = {"name": file.name, "bytes": file.size, "count": self.samples.num_rows, "checksum": self.checksum}
-        return {**stated, "modified": file.modified, "uri": None}
+        return {**stated, "modified": file.modified, "uri": None, "etag": file.etag}
 
 
 @dataclass(slots=True)
@@ -260,7 +262,8 @@ class ShardScanner:
                 continue
             image = sample.members[extension]
             where = (key, extension, image.offset, image.size, label, sample.source or key, sample.hashes[extension])
-            yield (*where, mask.offset if mask else None, mask.size if mask else None)
+            members = ",".join(sorted(sample.members))
+            yield (*where, mask.offset if mask else None, mask.size if mask else None, members)
 
     def _table(self) -> pa.Table:
         fields = list(SAMPLES_SCHEMA)[1:]

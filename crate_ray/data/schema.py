@@ -19,6 +19,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("xxh3", pa.uint64()),
         ("mask_offset", pa.int64()),
         ("mask_size", pa.int64()),
+        ("members", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 SHARDS_SCHEMA = pa.schema(
@@ -29,7 +30,8 @@ SHARDS_SCHEMA = pa.schema(
         ("checksum", pa.string()),
         ("modified", pa.int64()),
         ("uri", pa.string()),
+        ("etag", pa.string()),
     ]
 )
 # Columns that indexes of an earlier release do not have; null there.
-OPTIONAL_COLUMNS = frozenset({"modified", "uri"})
+OPTIONAL_COLUMNS = frozenset({"modified", "uri", "etag", "members"})

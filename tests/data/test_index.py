@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from fault_server import FaultServer
 from hostile import image
 
 from crate_ray.config import ConfigError
@@ -296,3 +297,44 @@ def test_an_index_as_large_as_imagenets_is_made_in_200_mib(tmp_path):
     assert num_samples == 1_282_500
     print(f"{small:.0f} MiB for 10,000 samples, {large:.0f} MiB for {num_samples:,}")
     assert large < 200
+
+
+def test_an_interrupted_indexing_of_web_shards_reads_one_that_changed_at_equal_size_again(tmp_path):
+    def shard(label: bytes) -> bytes:
+        return pack_shard([{"__key__": "k", "png": PNG, "cls": label}])
+
+    with FaultServer({"/0.tar": shard(b"1"), "/1.tar": b"damaged"}) as server:
+        url, out = f"{server.url}/{{0..1}}.tar", str(tmp_path / "mine")
+        with pytest.raises(ConfigError, match="not-a-tar"):
+            build_index(url, out=out)
+        server.files["/1.tar"] = shard(b"2")
+        summary = build_index(url, out=out, num_classes=10)
+        assert summary.resumed_shards == 1
+        assert None not in load_index(out).shards["etag"].to_pylist()
+        server.files["/1.tar"] = b"damaged"
+        with pytest.raises(ConfigError, match="not-a-tar"):
+            build_index(url, out=out)
+        server.files |= {"/0.tar": shard(b"3"), "/1.tar": shard(b"2")}
+        assert build_index(url, out=out).resumed_shards == 0
+        assert load_index(out).labels.tolist() == [3, 2]
+
+
+def test_tables_of_two_indexings_are_refused(theirs):
+    build_index(str(theirs))
+    earlier = (theirs / "shards.parquet").read_bytes()
+    rows = [{"__key__": f"new{i}", "png": PNG, "cls": b"0"} for i in range(5)]
+    write(theirs, rows, "s0.tar")  # as many samples as before
+    build_index(str(theirs))
+    load_index(str(theirs))
+    (theirs / "shards.parquet").write_bytes(earlier)  # as if it had ended between the two
+    with pytest.raises(ConfigError, match=r"samples.parquet and shards.parquet disagree; index again"):
+        load_index(str(theirs))
+
+
+def test_the_index_names_the_members_of_each_sample(tmp_path):
+    samples = [{"__key__": "a", "jpg": b"1", "json": b"{}", "cls": b"3"}, {"__key__": "b", "png": PNG, "mask.png": PNG}]
+    url = write(tmp_path, samples)
+    assert indexed(url).column("members").tolist() == ["cls,jpg,json", "mask.png,png"]
+    earlier = pq.read_table(tmp_path / "samples.parquet").drop_columns("members")
+    pq.write_table(earlier, tmp_path / "samples.parquet")
+    assert load_index(url).samples["members"].null_count == 2
