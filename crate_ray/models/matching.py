@@ -42,7 +42,7 @@ def inferred_keys(file: WeightsFile) -> dict[str, Any]:
     }
     if found.num_classes is not None:
         return {**keys, "num_classes": found.num_classes, **_classifier_form(file)}
-    keys["encoder_tokens"] = "visible" if _encodes_visible_tokens(file) else "all"
+    keys["encoder_tokens"] = file.encoder_tokens or "all"
     if found.family == "vit":
         keys["qkv_bias"] = found.qkv_bias
     if found.has_decoder:
@@ -71,13 +71,6 @@ def fitting_presets(file: WeightsFile) -> list[PresetFit]:
         if (config.num_classes is None) == ("num_classes" not in keys) and changed.keys() <= {"image_size", "num_classes"}:
             fits.append(PresetFit(name, changed, is_conversion))
     return sorted(fits, key=lambda fit: (fit.needs_conversion, len(fit.overrides)))
-
-
-def _encodes_visible_tokens(file: WeightsFile) -> bool:
-    """As published: MAE visible tokens, with a bias on Q, K, V; the CRATE repository all of them, its ViT without the bias."""
-    if file.layout == "crate-ray":
-        return "decoder_embed.weight" in file.state
-    return file.layout == "mae" and file.architecture.qkv_bias
 
 
 def _classifier_form(file: WeightsFile) -> dict[str, Any]:

@@ -4,9 +4,9 @@ In: a model and a file or a state dict of any layout in `layouts`. Out: the mode
 says what came from the file and what did not. Nothing is loaded by halves: one missing, extra, mis-shaped or non-finite
 tensor refuses all of it.
 
-What keys and shapes cannot tell is taken from the model's configuration: the number of heads, lambda, eta, and whether a
-published autoencoder saw all tokens or the visible ones. A file of ours carries its configuration, so there a difference is
-refused; a bare state dict carries none and is believed.
+What keys and shapes cannot tell is taken from the model's configuration: the number of heads, lambda, eta, and whether an
+autoencoder sees all tokens or the visible ones. A file of ours carries its configuration, so there a difference is refused; a
+bare state dict carries none and is believed. A classifier has no such token setting: `WeightsFile.encoder_tokens` decides.
 """
 
 import logging
@@ -22,7 +22,7 @@ from crate_ray.models.classifier import Classifier
 from crate_ray.models.layouts import Layout, infer_architecture, is_of_decoder
 from crate_ray.models.masked_autoencoder import MaskedAutoencoder
 from crate_ray.models.patches import interpolate_positions
-from crate_ray.models.weight_files import WeightsFile, read_weights
+from crate_ray.models.weight_files import WeightsFile, not_finite, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,8 @@ _ENCODER = ("patch_norm", "patch_embed", "embed_norm", "cls_token", "pos_embed",
 _DECODER_EMBED = ("decoder_embed.weight", "decoder_embed.bias")
 
 # Configuration keys that change what weights compute and leave no mark on their shapes.
-_OF_THE_ENCODER = ("num_heads", "block_norm_eps", "ista_step_size", "ista_lambda")
-_OF_THE_CLASSIFIER = (*_OF_THE_ENCODER, "final_norm_eps")
-_OF_THE_AUTOENCODER = (*_OF_THE_CLASSIFIER, "encoder_tokens", "decoder_num_heads", "norm_pix_loss")
+_OF_THE_ENCODER = ("num_heads", "block_norm_eps", "ista_learnable", "ista_step_size", "ista_lambda")
+_OF_THE_DECODER = ("encoder_tokens", "decoder_num_heads", "norm_pix_loss")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class LoadedWeights:
 
 def load_weights(
     model: MaskedAutoencoder | Classifier,
-    path_or_state_dict: str | Mapping[str, Any],
+    weights: str | Mapping[str, Any] | WeightsFile,
     *,
     part: Literal["all", "encoder"] = "all",
     convert: bool = False,
@@ -67,8 +66,8 @@ def load_weights(
 
     Args:
         model: A model of the weights' shape; its image size may be another.
-        path_or_state_dict: Path or URL of a .safetensors or .pth file, or the mapping itself. A mapping may hold
-            the state dict under "model" or "state_dict", and its names may begin with "module.".
+        weights: Path or URL of a .safetensors or .pth file, what `read_weights` gave for one, or the mapping itself, which may
+            hold the state dict under "model" or "state_dict", and its names may begin with "module.".
         part: "encoder" takes patch embedding, class token, positions, layers and the last norm alone; the file's decoder or
             head is ignored, and so is its norm where the model averages tokens and norms afterwards.
         convert: Lets a CRATE autoencoder that was trained on all tokens into a model that encodes the visible ones. Its
@@ -79,8 +78,8 @@ def load_weights(
             message; a file of ours whose configuration differs from the model's in a way that shapes do not show; or
             CRATE weights of all tokens for visible tokens without `convert`.
     """
-    source = read_weights(path_or_state_dict)
-    converts = part == "all" and _is_for_all_tokens(source) and _is_crate_of_visible_tokens(model)
+    source = weights if isinstance(weights, WeightsFile) else read_weights(weights)
+    converts = part == "all" and _is_crate_of_all_tokens(source) and _is_crate_of_visible_tokens(model)
     if converts and not convert:
         raise ConfigError(
             f"{source.where} hold a CRATE autoencoder trained with mask tokens in its encoder, but the model encodes visible "
@@ -100,16 +99,21 @@ def load_weights(
 def _select(source: WeightsFile, model: MaskedAutoencoder | Classifier, part: str) -> dict[str, Any]:
     """The file's tensors that the model could have, each under the name that it has there."""
     state = dict(source.state)
-    if source.layout in ("crate", "mae") and model.config.encoder_tokens == "all":
+    tokens = model.config.encoder_tokens if isinstance(model, MaskedAutoencoder) else source.encoder_tokens
+    if source.layout in ("crate", "mae") and tokens == "all":
         # There the decoder's table serves the encoder; the encoder's own and `decoder_embed` are in no forward pass.
         table = state.pop("decoder_pos_embed", None)
-        if isinstance(table, Tensor) and (isinstance(model, MaskedAutoencoder) or table.shape[-1] == model.config.width):
+        if isinstance(table, Tensor):
             state["pos_embed"] = table
         state = {key: value for key, value in state.items() if key not in _DECODER_EMBED}
     if part == "encoder":
-        pools_tokens = hasattr(model, "fc_norm")
-        state = {k: v for k, v in state.items() if _is_of_encoder(k) and not (pools_tokens and k.startswith("norm."))}
+        state = {k: v for k, v in state.items() if _is_of_encoder(k) and not (_pools_tokens(model) and k.startswith("norm."))}
     return state
+
+
+def _pools_tokens(model: MaskedAutoencoder | Classifier) -> bool:
+    """Whether it averages tokens and norms afterwards, with a norm of its own."""
+    return hasattr(model, "fc_norm")
 
 
 def _is_of_encoder(key: str) -> bool:
@@ -121,13 +125,8 @@ def _is_crate_of_visible_tokens(model: MaskedAutoencoder | Classifier) -> bool:
     return isinstance(model, MaskedAutoencoder) and config.family == "crate" and config.encoder_tokens == "visible"
 
 
-def _is_for_all_tokens(source: WeightsFile) -> bool:
-    """Whether a CRATE autoencoder's file is of all tokens: as published, unless it says otherwise."""
-    if source.config is not None:
-        return source.config.encoder_tokens == "all"
-    if source.layout == "crate-ray":
-        return source.architecture.has_decoder and _DECODER_EMBED[0] not in source.state
-    return source.layout == "crate"
+def _is_crate_of_all_tokens(source: WeightsFile) -> bool:
+    return source.architecture.family == "crate" and source.encoder_tokens == "all"
 
 
 def _may_be_absent(key: str, source: WeightsFile, *, converts: bool) -> bool:
@@ -157,27 +156,35 @@ def _resize_tables(state: dict[str, Any], expected: Mapping[str, Tensor], where:
 def _refuse_other_configuration(
     source: WeightsFile, model: MaskedAutoencoder | Classifier, part: str, *, converts: bool
 ) -> None:
+    """Refuses a file whose configuration computes something else with the tensors that are loaded."""
     stored = source.config
-    if stored is None:
+    if stored is None or stored.family != model.config.family:  # then no key fits, and all are listed
         return
-    whole = _OF_THE_AUTOENCODER if isinstance(model, MaskedAutoencoder) else _OF_THE_CLASSIFIER
-    ignored = ("encoder_tokens",) if converts else ()
+    keys = list(_OF_THE_ENCODER)
+    if part == "all" or not _pools_tokens(model):
+        keys.append("final_norm_eps")
+    if part == "all" and isinstance(model, MaskedAutoencoder):
+        keys += [key for key in _OF_THE_DECODER if key != "encoder_tokens" or not converts]
     differences = [
-        f"{key}: {getattr(stored, key)} in the file, {getattr(model.config, key)} in the model"
-        for key in (_OF_THE_ENCODER if part == "encoder" else whole)
-        if key not in ignored and not _agree(stored, model.config, key)
+        f"model.{key}: {getattr(stored, key)} in the file, {getattr(model.config, key)} in the model"
+        for key in keys
+        if not _agree(stored, model.config, key)
     ]
     if differences:
         listing = "\n  ".join(differences)
         raise ConfigError(
-            f"{source.where} belong to another configuration; nothing was loaded. Build the model with the file's values, or "
-            f"give the tensors alone (safetensors.torch.load_file) to overrule them:\n  {listing}"
+            f"{source.where} belong to another configuration; nothing was loaded. Set these keys as in the file, or give the "
+            f"tensors alone (safetensors.torch.load_file) to overrule them:\n  {listing}"
         )
 
 
 def _agree(stored: ModelConfig, wanted: ModelConfig, key: str) -> bool:
+    if getattr(stored, key) == getattr(wanted, key):
+        return True
+    if key == "ista_learnable":  # constants may become the first values of trained scalars, never the reverse
+        return stored.family == "vit" or stored.ista_learnable == "none"
     if key not in ("ista_step_size", "ista_lambda"):
-        return bool(getattr(stored, key) == getattr(wanted, key))
+        return False
     if stored.family == "vit" or stored.ista_learnable == "layer":  # absent, or among the tensors
         return True
     return stored.per_layer(key) == wanted.per_layer(key)  # type: ignore[arg-type]
@@ -201,7 +208,7 @@ def _refuse_differences(
             f"{source.where} (layout {source.layout}) do not fit the model; nothing was loaded. Check model.* against them:\n"
             f"  file:  {source.architecture}\n  model: {infer_architecture(model.state_dict())}\n  {listing}"
         )
-    broken = [key for key in shared if not bool(torch.isfinite(state[key]).all())]
+    broken = not_finite(state)
     if broken:
         raise ConfigError(
             f"{source.where} hold NaN or infinite values, as a diverged run leaves them; nothing was loaded. Take an earlier "

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from crate_ray import storage
-from crate_ray.config import SCHEMA_VERSION, ConfigError
+from crate_ray.config import SCHEMA_VERSION, ConfigError, ModelConfig
+from crate_ray.models.weight_files import encode_safetensors
 from crate_ray.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,18 @@ def save_checkpoint(
     train_seconds: float,
     model: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
+    config: ModelConfig | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint; it exists once its manifest does.
+
+    Args:
+        folder: The run's.
+        step: Optimizer steps done.
+        cursor: Where the reader goes on.
+        train_seconds: Time trained so far.
+        model: Its state dict.
+        optimizer: Its state, flat.
+        config: The model's, which then stands in the model file: heads, lambda and eta are not in a state dict.
 
     Raises:
         OSError: The store refuses; what was there before is untouched.
@@ -66,8 +77,8 @@ def save_checkpoint(
     uri = folder.path("checkpoints", f"step_{step:08d}")
     storage.delete(storage.join(uri, "manifest.json"))  # one left by a damaged checkpoint of this step must not vouch for this
     files: dict[str, dict[str, int | str]] = {}
-    for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
-        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    for name, tensors, its_config in ((MODEL_FILE, model, config), (OPTIMIZER_FILE, optimizer, None)):
+        data = encode_safetensors(tensors, its_config)
         storage.write_atomic(storage.join(uri, name), data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = {"step": step, "cursor": cursor, "train_seconds": train_seconds, "files": files}

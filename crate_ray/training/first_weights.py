@@ -6,33 +6,19 @@ pretraining takes all. A run that goes on needs neither file nor folder again: i
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, ModelConfig, RunConfig, resume_parts
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model, load_weights
-from crate_ray.models.weight_files import read_weights
+from crate_ray.models.weight_files import WeightsFile, read_weights
 from crate_ray.runs import RunFolder, list_runs
 from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 
 _FIX = (
     "give a .safetensors or .pth file, or the folder of a run (`crate-ray runs` lists them): "
     "--set train.init_from=out/digits_crate_mae-1a2b3c4d"
-)
-# What an encoder computes; of these, only some leave a mark on the shapes of its weights.
-_ENCODER_KEYS = (
-    "family",
-    "patch_size",
-    "width",
-    "num_heads",
-    "encoder_depth",
-    "embedding",
-    "qkv_bias",
-    "block_norm_eps",
-    "final_norm_eps",
-    "ista_step_size",
-    "ista_lambda",
 )
 
 
@@ -43,6 +29,11 @@ class _Source:
     path: str
     digest: str
     model: ModelConfig | None
+
+    def read(self) -> WeightsFile:
+        """The tensors with their configuration; that of the run where its checkpoint, an old one, carries none."""
+        file = read_weights(self.path)
+        return file if file.config is not None else replace(file, config=self.model)
 
 
 def pin_weights(config: RunConfig) -> RunConfig:
@@ -95,9 +86,7 @@ def load_first_weights(model: MaskedAutoencoder | Classifier, config: RunConfig)
     if source is None or source.digest != (config.train.init_digest or source.digest):
         state = "is gone" if source is None else "has changed since this run was prepared"
         raise ConfigError(f"train.init_from = '{init_from}' {state}, and there is no checkpoint to go on from; {_FIX}")
-    if source.model is not None:
-        _check_same_encoder(config, source.model)
-    load_weights(model, source.path, part="encoder" if config.task == "classify" else "all")
+    load_weights(model, source.read(), part="encoder" if config.task == "classify" else "all")
 
 
 def _find(uri: str) -> _Source | None:
@@ -136,31 +125,6 @@ def _pinned_parts(config: RunConfig, digest: str, parts: dict[str, Any]) -> dict
     """The identity that the configuration would have with these weights, and the data of the run it is compared with."""
     pinned = config.model_copy(update={"train": config.train.model_copy(update={"init_digest": digest})})
     return resume_parts(pinned, parts.get("data.digest", ""))
-
-
-def _check_same_encoder(config: RunConfig, theirs: ModelConfig) -> None:
-    """Refuses a run whose encoder computes something else than ours; image sizes may differ."""
-    keys = _ENCODER_KEYS if theirs.family == config.model.family else ("family",)
-    differences = [
-        f"model.{key}: {value} there, {ours} here"
-        for key in keys
-        if (value := _value(theirs, key)) != (ours := _value(config.model, key))
-    ]
-    if differences:
-        listing = "\n  ".join(differences)
-        raise ConfigError(
-            f"train.init_from = '{config.train.init_from}' is a run with another encoder; set these keys as there:\n  {listing}"
-        )
-
-
-def _value(model: ModelConfig, key: str) -> Any:
-    """A key in a form that is equal for equal encoders."""
-    if key == "embedding":
-        return model.embedding or "linear"  # that of every autoencoder
-    if key in ("ista_step_size", "ista_lambda"):
-        is_constant = model.family == "crate" and model.ista_learnable == "none"
-        return model.per_layer(key) if is_constant else None  # type: ignore[arg-type]
-    return getattr(model, key)
 
 
 def _check_ista_is_given(config: RunConfig) -> None:

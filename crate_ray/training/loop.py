@@ -325,6 +325,7 @@ class Trainer:
                 train_seconds=self.train_seconds,
                 model=self.model.state_dict(),
                 optimizer=optimizer_tensors(self.model, self.optimizer),
+                config=self.config.model,
             )
             prune_checkpoints(folder, keep_last=self.config.checkpoint.keep_last)
         self._saved_step, self._saved_at, self.is_saving = self.step, time.monotonic(), False

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model, load_weights
+from crate_ray.models.export import published_state
 from crate_ray.models.weight_files import encode_safetensors
 from crate_ray.models.weights import LoadedWeights
 
@@ -100,9 +102,27 @@ def test_keys_of_no_known_layout_are_refused() -> None:
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": published(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "stranger.pth")
-    with pytest.raises(ConfigError, match="hold more than tensors"):
+    torch.save({"model": published(), "hook": os.system}, tmp_path / "stranger.pth")
+    with pytest.raises(ConfigError, match=r"hold Python objects \(posix\.system\), which are never loaded") as caught:
         load_weights(build(), str(tmp_path / "stranger.pth"))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_checkpoint_with_the_arguments_of_its_training_loads(tmp_path: Path) -> None:
+    """As the published `save_model` writes it."""
+    arguments = argparse.Namespace(lr=1.5e-4, model="mae_vit_base_patch16", resume="", betas=[0.9, 0.95])
+    body = {"model": published(), "optimizer": {"state": {}}, "epoch": 799, "scaler": {"scale": 65536.0}, "args": arguments}
+    torch.save(body, tmp_path / "checkpoint-799.pth")
+    plain, from_file = build(1), build(2)
+    load_weights(plain, published())
+    load_weights(from_file, str(tmp_path / "checkpoint-799.pth"))
+    assert same(plain, from_file)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"are a folder; .*crate-ray export"):
+        load_weights(build(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +251,27 @@ def test_a_crate_encoder_of_a_whole_autoencoder_goes_into_a_linear_classifier_an
         load_weights(create_model(config, **keys, embedding="normed", pool="cls"), state, part="encoder")
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "table"),
+    [
+        ("vit_mae_facebook", {"decoder_width": 48}, "pos_embed"),
+        ("vit_mae_all_tokens", {}, "decoder_pos_embed"),
+        ("crate_mae_a", {}, "decoder_pos_embed"),
+    ],
+)
+def test_a_classifier_takes_the_position_table_that_the_files_encoder_read(name: str, keys: dict[str, Any], table: str) -> None:
+    config, _ = golden(name)
+    autoencoder = create_model(config, **keys)
+    layout = "crate" if config.family == "crate" else "mae"
+    state = dict(published_state(autoencoder, layout).state)
+    state |= {key: torch.randn_like(state[key]) for key in ("pos_embed", "decoder_pos_embed")}
+    assert state["pos_embed"].shape == state["decoder_pos_embed"].shape
+    own = {"encoder_tokens": "all", "num_classes": 7, "embedding": "linear", "pool": "cls", "decoder_width": 48}
+    model = create_model(config, **own)
+    load_weights(model, state, part="encoder")
+    assert torch.equal(model.pos_embed, state[table])
+
+
 def test_a_missing_encoder_tensor_is_refused_for_the_encoder_too() -> None:
     _, state = golden("vit_mae_facebook")
     del state["blocks.1.norm2.bias"], state["decoder_norm.bias"]
@@ -329,6 +370,33 @@ def test_a_file_of_ours_is_refused_by_a_model_that_would_compute_something_else(
     load_weights(model, safetensors.torch.load_file(path))  # the tensors alone are believed
 
 
+def test_trained_scalars_do_not_become_constants_and_constants_may_be_trained_on(tmp_path: Path) -> None:
+    trained = save_ours(tmp_path / "trained.safetensors", build(1, ista_learnable="layer"))
+    with pytest.raises(ConfigError, match=r"ista_learnable: layer in the file, none in the model$"):
+        load_weights(build(2), trained, part="encoder")
+    constant = save_ours(tmp_path / "constant.safetensors", build(1))
+    load_weights(build(2, ista_learnable="layer"), constant)
+    with pytest.raises(ConfigError, match=r"ista_lambda: 0\.5 in the file, 0\.1 in the model$"):
+        load_weights(build(2, ista_learnable="layer", ista_lambda=0.1), constant)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_last_norms_epsilon_counts_where_that_norm_is_taken(tmp_path: Path, pool: str) -> None:
+    path = save_ours(tmp_path / "ours.safetensors", build(1))
+    keys = {"num_classes": 5, "embedding": "linear", "pool": pool, "final_norm_eps": 1e-5}
+    classifier = create_model(ModelConfig.parse({**SHAPE, **keys}))
+    if pool == "mean":
+        load_weights(classifier, path, part="encoder")
+        return
+    with pytest.raises(ConfigError, match="final_norm_eps: 1e-06 in the file, 1e-05 in the model"):
+        load_weights(classifier, path, part="encoder")
+
+
+def test_equal_weights_are_equal_files() -> None:
+    model = build(1)
+    assert len({encode_safetensors(model.state_dict(), model.config) for _ in range(8)}) == 1
+
+
 def test_what_does_not_change_the_function_may_differ(tmp_path: Path) -> None:
     path = save_ours(tmp_path / "ours.safetensors", build(1))
     load_weights(build(2, mask_ratio=0.5, ista_lambda=[0.5, 0.5]), path)
@@ -381,7 +449,7 @@ class _Bomb:
 
 def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     torch.save({"model": published(), "bomb": _Bomb(tmp_path / "ran")}, tmp_path / "bomb.pth")
-    with pytest.raises(ConfigError, match="hold more than tensors"):
+    with pytest.raises(ConfigError, match="hold Python objects"):
         load_weights(build(), str(tmp_path / "bomb.pth"))
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bomb.pth", weights_only=False)

@@ -11,6 +11,7 @@ import torch
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.models import create_model
 from crate_ray.models.layouts import to_published
+from crate_ray.models.weight_files import encode_safetensors, read_weights
 from crate_ray.runs import Lease, RunFolder
 from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 from crate_ray.training.first_weights import load_first_weights, pin_weights
@@ -125,13 +126,34 @@ def test_a_run_with_another_encoder_is_refused_with_the_keys_that_differ(donor: 
         locate_run(load_tiny(*CRATE, *other, f"train.init_from={donor.uri}"))
     message = str(caught.value)
     for line in (
-        "model.num_heads: 2 there, 4 here",
-        "model.ista_step_size: (0.1,) there, (0.2,) here",
-        "model.ista_lambda: (0.5,) there, (0.1,) here",
-        "model.block_norm_eps: 1e-05 there, 1e-06 here",
+        "model.num_heads: 2 in the file, 4 in the model",
+        "model.ista_step_size: 0.1 in the file, 0.2 in the model",
+        "model.ista_lambda: 0.5 in the file, 0.1 in the model",
+        "model.block_norm_eps: 1e-05 in the file, 1e-06 in the model",
     ):
         assert line in message
-    assert message.count(" there, ") == 4
+    assert message.count("\n  model.") == 4
+
+
+@pytest.mark.parametrize("carries", ["a checkpoint that carries its configuration", "an old one"])
+def test_pretraining_refuses_a_run_whose_decoder_computes_something_else(
+    carries: str, donor: RunFolder, load_tiny: LoadTiny
+) -> None:
+    checkpoint = latest_checkpoint(donor)
+    assert checkpoint is not None
+    path = Path(checkpoint.uri, MODEL_FILE)
+    if carries == "an old one":
+        path.write_bytes(encode_safetensors(checkpoint.read(MODEL_FILE), None))
+        manifest = donor.read_json(f"checkpoints/{path.parent.name}/manifest.json") or {}
+        manifest["files"][MODEL_FILE] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        donor.write_json(f"checkpoints/{path.parent.name}/manifest.json", manifest)
+    else:
+        assert read_weights(str(path)).config == donor.read_config().model
+    differs = ("model.decoder_num_heads=4", "model.norm_pix_loss=true")
+    with pytest.raises(ConfigError) as caught:
+        locate_run(load_tiny(*differs, f"train.init_from={donor.uri}"))
+    assert "model.decoder_num_heads: 2 in the file, 4 in the model" in str(caught.value)
+    assert "model.norm_pix_loss: False in the file, True in the model" in str(caught.value)
 
 
 def test_an_encoder_of_smaller_images_is_taken(donor: RunFolder, load_tiny: LoadTiny) -> None:
