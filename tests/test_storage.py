@@ -177,6 +177,9 @@ def test_the_deadline_ends_it_with_uri_attempts_seconds_and_the_last_fault(waits
         OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation"),
         OSError("Bucket 'b' not found. To create buckets, enable the allow_bucket_creation option."),
         OSError("google::cloud::Status(PERMISSION_DENIED: denied)"),
+        OSError("ClientConnectorCertificateError: certificate verify failed"),
+        OSError("curlCode: 60, SSL peer certificate or SSH remote key was not OK"),
+        OSError("InvalidUrlClientError: http://"),
         *(OSError(f"HTTP status {status}") for status in (301, 400, 401, 403, 404, 410, 412, 416, 501)),
     ],
     ids=str,
@@ -189,7 +192,16 @@ def test_what_cannot_pass_is_raised_at_once(error: OSError, waits: list[float]) 
     assert waits == []
 
 
-@pytest.mark.parametrize("text", [*(f"HTTP status {code}" for code in (408, 425, 429, 500, 502, 503, 504)), "curlCode: 28"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"HTTP status {code}" for code in (408, 425, 429, 500, 502, 503, 504)),
+        "curlCode: 28",
+        "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: Unable to parse ExceptionName: RequestTimeout",
+        "AWS Error THROTTLING (HTTP status 400) during GetObject operation",
+        "AWS Error UNKNOWN (HTTP status 409) during PutObject operation: OperationAborted",
+    ],
+)
 def test_what_may_pass_is_tried_again(text: str, waits: list[float]) -> None:
     assert retry.retrying(Flaky(OSError(text), 3), "read x") == "done"
     assert len(waits) == 3

@@ -20,11 +20,12 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
+from crate_ray.data.shards import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class ShardCache:
         remote = storage.RemoteFile(uri)
         if remote.size != num_bytes:
             raise ConfigError(_changed(uri, f"it has {remote.size} bytes, its index says {num_bytes}"))
-        name = hashlib.sha256(f"{uri}\n{remote.version}\n{remote.size}".encode()).hexdigest()[:40]
-        path, part = self.folder / f"{name}.tar", self.folder / f"{name}.part"
+        path = self._path(remote)
+        part = path.with_suffix(".part")
         poll_s = _FIRST_POLL_S
         while not self._closing.is_set():
             if (mapped := _map(path, num_bytes)) is not None:
@@ -98,26 +99,46 @@ class ShardCache:
             poll_s = min(2 * poll_s, _LONGEST_POLL_S)
         raise CacheClosedError(uri)
 
-    def _fill(self, remote: storage.RemoteFile, descriptor: int, part: Path, checksum: str) -> bool:
-        """Reserves room for a part file and downloads into it; removes it where there is no room or anything fails."""
-        filled = False
+    def discard_damaged(self, remote: storage.RemoteFile, *, offset: int, expected: Buffer) -> Path:
+        """Removes the file of a shard if it does not hold these bytes at this offset; maps of it stay. Returns its path."""
+        path = self._path(remote)
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(offset)
+            if file.read(len(expected)) != expected:
+                path.unlink()
+        return path
+
+    def _path(self, remote: storage.RemoteFile) -> Path:
+        name = hashlib.sha256(f"{remote.uri}\n{remote.version}\n{remote.size}".encode()).hexdigest()[:40]
+        return self.folder / f"{name}.tar"
+
+    @contextmanager
+    def _writing(self, uri: str) -> Iterator[None]:
+        """Says what to do about a fault of this disk; one of the store has other remedies and is not met here."""
         try:
-            if self._reserve(descriptor, part, remote.size):
-                self._download(remote, descriptor, checksum)
-                filled = True
+            yield
         except OSError as error:
             if error.errno not in _DISK_FAULTS:
                 raise
             raise ConfigError(
-                f"data.cache_dir={self.folder} cannot hold {remote.uri} ({error}); free the disk or lower data.cache_bytes"
+                f"data.cache_dir={self.folder} cannot hold {uri} ({error}); free the disk or lower data.cache_bytes"
             ) from error
+
+    def _fill(self, remote: storage.RemoteFile, descriptor: int, part: Path, checksum: str) -> bool:
+        """Reserves room for a part file and downloads into it; removes it where there is no room or anything fails."""
+        filled = False
+        try:
+            if self._reserve(remote, descriptor, part):
+                self._download(remote, descriptor, checksum)
+                filled = True
         finally:
             if not filled:
                 part.unlink(missing_ok=True)
         return filled
 
-    def _reserve(self, descriptor: int, part: Path, num_bytes: int) -> bool:
+    def _reserve(self, remote: storage.RemoteFile, descriptor: int, part: Path) -> bool:
         """Makes room by evicting what no one reads; the part file's length, set here, counts from now on."""
+        num_bytes = remote.size
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = sorted(
@@ -130,7 +151,8 @@ class ShardCache:
                     used -= num
             if used + num_bytes > self.max_bytes:
                 return False
-            os.ftruncate(descriptor, num_bytes)
+            with self._writing(remote.uri):
+                os.ftruncate(descriptor, num_bytes)
             return True
 
     def _download(self, remote: storage.RemoteFile, descriptor: int, checksum: str) -> None:
@@ -139,7 +161,8 @@ class ShardCache:
         for _ in range(_DOWNLOAD_TRIES):
             found = self._write(remote, descriptor)
             if found in {checksum, None}:
-                os.fsync(descriptor)
+                with self._writing(remote.uri):
+                    os.fsync(descriptor)
                 logger.info("cached %s, %d bytes in %.1f s", remote.uri, remote.size, time.monotonic() - started)
                 return
             logger.warning("%s arrived with checksum %s, indexed %s; again", remote.uri, found, checksum)
@@ -157,11 +180,20 @@ class ShardCache:
         for chunk in remote.chunks():
             if self._closing.is_set():
                 raise CacheClosedError(remote.uri)
-            os.pwrite(descriptor, chunk, offset)
+            with self._writing(remote.uri):
+                _write_all(descriptor, chunk, offset)
             offset += len(chunk)
             if hasher is not None:
                 hasher.update(chunk)
         return None if hasher is None else str(hasher.hexdigest())
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Writes all bytes at an offset; the kernel may take fewer at a time, 2 GiB at most and less where the disk fills up."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def _changed(uri: str, how: str) -> str:

@@ -78,9 +78,10 @@ class Prefetcher:
             thread.start()
 
     def add(self, shards: Iterable[int]) -> None:
-        """Fetch these after those before them; with none, look again whether there is room."""
+        """Fetch these after those before them, each once; with none, look again whether there is room."""
         with self._changed:
-            self._queue.extend(shards)
+            queued = set(self._queue)
+            self._queue.extend(number for number in shards if number not in queued)
             self._changed.notify_all()
 
     def _run(self) -> None:

@@ -143,6 +143,8 @@ class SampleOrder:
 
     def epoch(self, epoch: int) -> Int64Array:
         """Sample ids of one epoch by position, (N,). Safe to call from several threads."""
+        if (known := self._epochs.get(epoch)) is not None:  # without the lock, which is held while another epoch is sorted
+            return known
         with self._lock:
             if epoch not in self._epochs:
                 self._epochs[epoch] = epoch_order(

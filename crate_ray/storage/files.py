@@ -56,10 +56,13 @@ def size(uri: str) -> int:
 
     Raises:
         FileNotFoundError: No such file.
+        ConfigError: A web server that does not say.
     """
     info = _info(uri)
     if info.type != fs.FileType.File:
         raise FileNotFoundError(uri)
+    if info.size is None:
+        raise web.unsized(uri)
     return int(info.size)
 
 

@@ -93,9 +93,7 @@ class _WebObject:
         self._uri = uri
         size, self.version = web.stat(uri)
         if size is None:
-            raise ConfigError(
-                f"{uri}: the server does not say how long it is (no Content-Length); copy it to a path or a bucket"
-            )
+            raise web.unsized(uri)
         self.size = size
 
     def fetch(self, offset: int, size: int) -> bytes:

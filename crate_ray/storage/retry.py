@@ -23,12 +23,15 @@ _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADir
 _HTTP_STATUS = re.compile(r"HTTP status (\d{3})")
 _PERMANENT_STATUS = re.compile(r"[34]..|501|505")
 _TRANSIENT_STATUS = re.compile(r"408|425|429")
+# Codes that S3 sends with the status 400 or 409 although they pass.
+_PASSING = re.compile(r"Request_?Timeout|Slow_?Down|Throttl|Operation_?Aborted", re.IGNORECASE)
 # What pyarrow's stores call a refusal where they do not give the HTTP status.
 _REFUSED = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|SIGNATURE_\w+|\w*TOKEN\w*|UNRECOGNIZED_CLIENT|MISSING_\w+|NO_SUCH_\w+|"
     r"RESOURCE_NOT_FOUND|OPT_IN_REQUIRED|ACCOUNT_PROBLEM|NOT_SIGNED_UP|BUCKET_ALREADY_\w+|METHOD_NOT_ALLOWED)"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|FAILED_PRECONDITION|NOT_FOUND|AuthenticationFailed|AuthorizationFailure"
     r"|not found|does not exist|not supported|not a regular file"
+    r"|CertificateError|CERTIFICATE_VERIFY_FAILED|certificate verify failed|peer certificate|Invalid ?U[Rr][Ll]"
 )
 _DENIED = re.compile(r"HTTP status 40[13]|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|PERMISSION_DENIED|UNAUTH|Auth\w+Fail")
 
@@ -53,10 +56,10 @@ def retry_deadline(seconds: float) -> Iterator[None]:
 
 
 def is_transient(error: OSError) -> bool:
-    """Whether the same request may succeed later: a timeout, a reset, a short body, 408, 425, 429 or 5xx."""
-    if isinstance(error, (*_PERMANENT_ERRORS, StorageError)):
-        return False
+    """Whether the same request may succeed later: a timeout, a reset, a short body, throttling, 408, 425, 429 or 5xx."""
     text = str(error)
+    if _PASSING.search(text):
+        return True
     if status := _HTTP_STATUS.search(text):
         return bool(_TRANSIENT_STATUS.fullmatch(status[1])) or not _PERMANENT_STATUS.fullmatch(status[1])
     return not _REFUSED.search(text)
@@ -80,9 +83,9 @@ def retrying(action: Callable[[], T], what: str) -> T:
         attempt += 1
         try:
             return action()
+        except (*_PERMANENT_ERRORS, StorageError):
+            raise
         except OSError as error:
-            if isinstance(error, (*_PERMANENT_ERRORS, StorageError)):
-                raise
             elapsed_s = time.monotonic() - started
             if not is_transient(error):
                 denied = "; check the credentials of this process" if _DENIED.search(str(error)) else ""

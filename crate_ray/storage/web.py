@@ -58,6 +58,11 @@ def _raise(error: Exception, uri: str) -> NoReturn:
     raise OSError(text) from None
 
 
+def unsized(uri: str) -> ConfigError:
+    """The error for a file whose length its server does not say."""
+    return ConfigError(f"{uri}: the server does not say how long it is (no Content-Length); copy it to a path or a bucket")
+
+
 def stat(uri: str) -> tuple[int | None, str]:
     """Size in bytes, None if the server does not say, and what changes with the content: an etag or a date."""
     client = _client(uri)

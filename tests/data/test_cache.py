@@ -1,5 +1,6 @@
 """The shard cache: one download a node, nothing evicted under a reader, and no process blocked by a dead one."""
 
+import errno
 import os
 import resource
 import signal
@@ -18,7 +19,8 @@ from xxhash import xxh3_128_hexdigest
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import open_reader
 from crate_ray.data.cache import CacheClosedError, ShardCache
-from crate_ray.storage import StorageError, retry
+from crate_ray.data.loaders import Prefetcher
+from crate_ray.storage import RemoteFile, StorageError, retry
 
 SHARD_BYTES = 100_000
 CONTENTS = {f"/shard-{number}.tar": bytes([number]) * SHARD_BYTES for number in range(6)}
@@ -253,3 +255,44 @@ def test_a_cache_too_small_for_what_is_read_warns_once_and_reads_by_range(
     assert caplog.text.count("data.cache_bytes") == 1
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache_bytes
     assert any(made[2] is not None and made[2] != f"bytes=0-{size - 1}" for made in server.requests)
+
+
+def test_a_chunk_of_which_the_disk_takes_a_part_at_a_time_is_written_whole(tmp_path, server, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:30_000], offset))
+    server.files["/shard-0.tar"] = data = bytes(range(250)) * (SHARD_BYTES // 250)
+    cache = ShardCache(str(tmp_path), max_bytes=10**6)
+    uri = f"{server.url}/shard-0.tar"
+    assert cache.open(uri, num_bytes=SHARD_BYTES, checksum=xxh3_128_hexdigest(data)) == data
+
+
+def test_a_store_that_denies_is_not_taken_for_a_disk_that_is_full(tmp_path, server, monkeypatch):
+    def denied(_: RemoteFile) -> Iterator[bytes]:
+        raise PermissionError(errno.EACCES, "denied by the store")
+
+    monkeypatch.setattr(RemoteFile, "chunks", denied)
+    with pytest.raises(PermissionError, match="denied by the store"):
+        fetch(ShardCache(str(tmp_path), max_bytes=10**6), server, 0)
+    assert files_in(tmp_path) == []
+
+
+def test_a_shard_waits_once_for_room_however_often_it_is_announced():
+    asked, closing = [], threading.Event()
+
+    def fetch_one(number: int) -> bool:
+        asked.append(number)
+        closing.wait(10)
+        return True
+
+    prefetcher = Prefetcher(fetch_one)
+    prefetcher.add([0, 1])
+    while len(asked) < 2:  # both threads are at work, so what follows stays queued
+        time.sleep(0.01)
+    for _ in range(3):
+        prefetcher.add([2, 3])
+    closing.set()
+    deadline = time.monotonic() + 5
+    while len(asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    prefetcher.close()
+    assert sorted(asked) == [0, 1, 2, 3]

@@ -41,6 +41,13 @@ def test_a_file_on_the_web_is_found_measured_and_read(server: FaultServer) -> No
     assert b"".join(remote.chunks(3)) == b"0123456789"
 
 
+def test_a_file_of_unstated_length_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "stat", lambda uri: (None, ""))
+    for ask in (storage.size, storage.RemoteFile):
+        with pytest.raises(ConfigError, match=r"http://host/x\.tar: the server does not say how long it is"):
+            ask("http://host/x.tar")
+
+
 def test_what_is_missing_is_missing_at_once(server: FaultServer) -> None:
     uri = f"{server.url}/a/none"
     started = time.monotonic()

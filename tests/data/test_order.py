@@ -1,4 +1,5 @@
 import itertools
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,3 +182,23 @@ def test_an_epoch_of_imagenet_takes_well_below_a_microsecond_a_sample():
     start = time.process_time()
     epoch_order([1251] * 1024, seed=0, epoch=0, lanes=64, window=2048)
     assert (time.process_time() - start) / (1251 * 1024) < 0.5e-6
+
+
+def test_a_ready_epoch_is_handed_out_while_another_is_being_sorted(monkeypatch):
+    order = SampleOrder([30], seed=0, lanes=2, window=4)
+    ready, sorting, going_on = order.epoch(0), threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        sorting.set()
+        going_on.wait(10)
+        return epoch_order(*arguments, **options)
+
+    monkeypatch.setattr("crate_ray.data.order.epoch_order", slow)
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(order.epoch, 1)
+        sorting.wait(10)
+        found = threads.submit(order.epoch, 0)
+        try:
+            assert found.result(timeout=5) is ready
+        finally:
+            going_on.set()
