@@ -6,7 +6,7 @@ be copied to configurations, logs and checkpoints, so URIs that hold one are ref
 
 import re
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 from crate_ray.config import ConfigError
 
@@ -14,7 +14,15 @@ STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 WEB = ("http", "https", "hf")
 SCHEMES = (*STORES, *WEB, "file")
 
-_SECRET_KEY = re.compile(r"access_?key|secret|passw|token|credential|signature|^sig$|account_?key|api_?key", re.IGNORECASE)
+_NAMING_USERS = ("abfs", "abfss", "hdfs", "viewfs")  # `container@account` and `user@host`, which are no secrets
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SECRET_WORD = re.compile(
+    r"pass|pwd|key|o?auth|jwt|sas|sig|code|bearer"  # whole words, so that `bypass`, `design` or `encoding` are none
+    r"|\w*(secret|token|credential|passw|passphrase|signature|authori[sz]ation|authenticat)\w*"
+    r"|(access|account|api|auth|private|shared)key",
+    re.IGNORECASE,
+)
+_PLACE = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # host or bucket, and port
 _PROVIDERS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the role of the machine",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the service account of the machine",
@@ -27,15 +35,32 @@ _PROVIDERS = {
 }
 
 
+def _holds_password(head: str, rest: str) -> bool:
+    """Whether a URI names a user: before the first slash, or split by a slash that the password itself holds."""
+    if head == "file" or "@" not in rest:
+        return False
+    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    user, at, _ = place.rpartition("@")
+    if at:
+        return ":" in user or head not in _NAMING_USERS
+    return not _PLACE.fullmatch(place)  # `user:pa/ss@host`: what follows the colon is no port
+
+
+def _secret_name(rest: str) -> str | None:
+    """The first name in the query, fragment or parameters of a URI that says that its value is a secret."""
+    for piece in re.split(r"[?#;&]", rest)[1:]:
+        name, equals, _ = piece.partition("=")
+        if equals and any(_SECRET_WORD.fullmatch(word) for word in _WORD.findall(unquote(name))):
+            return unquote(name)
+    return None
+
+
 def _refuse_secrets(head: str, rest: str) -> None:
-    """Raises for `user:password@` and for query keys that name a secret."""
-    place, _, query = rest.partition("?")
-    user, at, host_and_path = place.partition("@")
-    with_password = bool(at) and ":" in user and "/" not in user
-    named = [key for key, _ in parse_qsl(query, keep_blank_values=True) if _SECRET_KEY.search(key)]
-    if with_password or named:
-        found = "a password" if with_password else f"the secret '{named[0]}'"
-        shown = f"{head}://{host_and_path if with_password else place}"
+    """Raises for `user:password@` and for names of secrets; what follows such a user is not shown, as it may be the rest."""
+    named = None
+    if (with_password := _holds_password(head, rest)) or (named := _secret_name(rest)):
+        found = "a password" if with_password else f"the secret '{named}'"
+        shown = f"{head}://..." if with_password else f"{head}://{re.split('[?#;&]', rest)[0]}"
         raise ConfigError(
             f"the URI of {shown} holds {found}: it would end up in configurations, logs and checkpoints; remove it, replace "
             f"that secret, and give it through {_PROVIDERS.get(head, 'the environment')}"
@@ -52,7 +77,7 @@ def scheme(uri: str) -> str:
     if not separator:
         if uri.startswith("pipe:"):
             raise ConfigError(
-                f"'{uri}' would run a shell command, which is never done; give a path or a URL ({', '.join(SCHEMES)})"
+                f"'pipe:...' would run a shell command, which is never done; give a path or a URL ({', '.join(SCHEMES)})"
             )
         return "file"
     if head not in SCHEMES:

@@ -118,6 +118,32 @@ def test_a_missing_package_is_one_error_with_the_command(kind: str, package: str
         f"gs://bucket/data?access_token={SECRET}",
         f"hdfs://user:{SECRET}@name-node:8020/data",
         f"https://host/x?api_key={SECRET}",
+        f"https://{SECRET}@host/x",
+        f"https://user:pa/{SECRET}@host/x",
+        f"https://user:pa?{SECRET}@host/x?sig=a@{SECRET}",
+        f"s3://AKIA:sec/{SECRET}@bucket/x",
+        f"gs://{SECRET}@bucket/x",
+        f"hf://{SECRET}@datasets/a/b",
+        f"abfss://container:{SECRET}@account.dfs.core.windows.net/x",
+        *(
+            f"https://host/x?{name}={SECRET}"
+            for name in (
+                "pwd",
+                "pass",
+                "key",
+                "auth",
+                "auth_key",
+                "authorization",
+                "jwt",
+                "sas",
+                "code",
+                "AWSAccessKeyId",
+                "s%69g",
+            )
+        ),
+        f"https://host/x#sig={SECRET}",
+        f"https://host/x?a=1;sig={SECRET}",
+        f"https://host/x;token={SECRET}?a=1",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +155,19 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str, caplog: pytest.
     assert SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("uri", ["abfss://container@account.dfs.core.windows.net/x", "s3://b/k?region=eu", "hdfs://me@nn/x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfss://container@account.dfs.core.windows.net/x",
+        "s3://b/k?region=eu",
+        "hdfs://me@nn/x",
+        "hf://datasets/user/repo@main/train.tar",
+        "https://host:8443/package@1.2/x.tar?download=true",
+        "http://[::1]:8080/a@b",
+        "s3://b/keys/a@2x.tar?endpoint_override=127.0.0.1%3A9000&scheme=http&allow_bucket_creation=true",
+        "https://host/x?encoding=utf-8&design=1&bypass=1&author=me&codec=png",
+    ],
+)
 def test_a_uri_that_names_a_place_or_a_user_is_no_secret(uri: str) -> None:
     assert not storage.is_local(uri)
 
