@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from crate_ray.training.identify import Fit, Identification
 
 _SECTIONS = ("model", "data")
+_LISTED = 5
 _ISTA_HINT = (
     "the published autoencoder code has lambda 0.5 and step size 0.1 today, its first release had lambda 5.0; "
     "or see what fits: --identify --data URL"
@@ -42,7 +43,9 @@ def weights(
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="With --identify: pictures and identify.json.", show_default=False)
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="With --identify: how many images.")] = 256,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="With --identify: how many images, 256 if not said.", show_default=False)
+    ] = None,
     convert: Annotated[
         str | None, typer.Option(metavar="OUT", help="Write the weights as .safetensors of ours.", show_default=False)
     ] = None,
@@ -58,6 +61,13 @@ def weights(
         raise ConfigError("--identify needs --data URL: shards of images that the weights were not trained on")
     if convert is None and not identify and (preset or overrides):
         raise ConfigError("--preset and --set are for --convert OUT and --identify; add one of them")
+    unread = [name for name, value in (("--data", data), ("--out", out), ("--images", images)) if value is not None]
+    if unread and not identify:
+        raise ConfigError(f"{', '.join(unread)}: read with --identify only; add it, or leave them out")
+    if force and convert is None:
+        raise ConfigError("--force is for --convert OUT; nothing else asks before it replaces a file")
+    if convert is not None and any(item.startswith("data.") for item in overrides):
+        raise ConfigError("--set data.mean and data.std are read with --identify only; weights hold no pixel statistics")
     source = read_weights(file)
     if convert is not None:
         _convert(source, file, _model_config(source, preset, overrides), convert, force=force, as_json=as_json)
@@ -70,14 +80,15 @@ def weights(
 
 def _describe(source: "WeightsFile", file: str, *, as_json: bool) -> None:
     from crate_ray.models.matching import fitting_presets, unsaid_keys
+    from crate_ray.models.weight_files import not_finite
 
-    found = source.architecture
+    found, broken = source.architecture, not_finite(source.state)
     presets, unsaid = [str(fit) for fit in fitting_presets(source)], unsaid_keys(source)
     parameters = sum(value.numel() for value in source.state.values() if hasattr(value, "numel"))
     config = source.config.model_dump(mode="json") if source.config else None
     if as_json:
         body = {"layout": source.layout, "architecture": dataclasses.asdict(found), "parameters": parameters}
-        print_json({"file": file, **body, "config": config, "presets": presets, "not_in_file": unsaid})
+        print_json({"file": file, **body, "config": config, "presets": presets, "not_in_file": unsaid, "not_finite": broken})
         return
     lines = [
         ("layout", source.layout),
@@ -93,6 +104,15 @@ def _describe(source: "WeightsFile", file: str, *, as_json: bool) -> None:
         )
     if unsaid:
         lines.append(("not in it", f"{', '.join(f'model.{key}' for key in unsaid)}: no shape shows them; say them to use it"))
+    if broken:
+        more = "" if len(broken) <= _LISTED else f" and {len(broken) - _LISTED} more"
+        names = ", ".join(broken[:_LISTED])
+        lines.append(
+            (
+                "NOT FINITE",
+                f"NaN or infinite values in {len(broken)} of {len(source.state)} tensors, refused by every model: {names}{more}",
+            )
+        )
     for label, text in lines:
         console.print(f"{label:<14}{text}", soft_wrap=True)
 
@@ -146,11 +166,11 @@ def _pixel_statistics(overrides: list[str]) -> dict[str, Any]:
 def _convert(source: "WeightsFile", file: str, config: ModelConfig, out: str, *, force: bool, as_json: bool) -> None:
     from crate_ray.models import create_model, load_weights
     from crate_ray.models.weight_files import encode_safetensors
-    from crate_ray.training.export import refuse_existing
+    from crate_ray.training.export import check_output
 
     if not out.endswith(".safetensors"):
         raise ConfigError(f"--convert '{out}': weights of this package are .safetensors; name the file so")
-    refuse_existing(out, force=force)
+    check_output(out, force=force)
     model = create_model(config)
     loaded = load_weights(model, file, convert=True)
     data = encode_safetensors(model.state_dict(), config)
@@ -167,13 +187,16 @@ def _convert(source: "WeightsFile", file: str, config: ModelConfig, out: str, *,
 
 
 def _identify(
-    file: str, config: ModelConfig, pixels: dict[str, Any], url: str, out: str | None, num_images: int, *, as_json: bool
+    file: str, config: ModelConfig, pixels: dict[str, Any], url: str, out: str | None, num_images: int | None, *, as_json: bool
 ) -> None:
-    from crate_ray.training.identify import SENTENCE
+    from crate_ray.training.export import check_output_folder
+    from crate_ray.training.identify import DEFAULT_IMAGES, SENTENCE
     from crate_ray.training.identify import identify as score
 
+    if out is not None:
+        check_output_folder(out)
     with count_progress("images") as progress:
-        found = score(file, config, url, num_images=num_images, **pixels, progress=progress)
+        found = score(file, config, url, num_images=num_images or DEFAULT_IMAGES, **pixels, progress=progress)
     body = {
         "file": file,
         "data": url,
@@ -182,13 +205,14 @@ def _identify(
         "fits": [dataclasses.asdict(fit) for fit in found.fits],
         "conclusion": SENTENCE,
     }
-    if out is not None:
-        _write_findings(found, body, out)
     if as_json:
         print_json(body)
+    else:
+        _print_findings(found, SENTENCE)
+    if out is None:
         return
-    _print_findings(found, SENTENCE)
-    if out is not None:
+    _write_findings(found, body, out)
+    if not as_json:
         console.print(f"pictures and identify.json: {storage.absolute(out)}", soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ cannot say. Nothing of the run changes. The file's form is `models.export`'s; he
 """
 
 import json
+import uuid
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -60,14 +61,15 @@ def export_run(
 
     Raises:
         ConfigError: No such run, no checkpoint, an unknown or wrong format, a suffix that does not belong to it, a file
-            that exists, or a missing package.
+            that exists or cannot be written, or a missing package.
     """
-    _check_target(out, format, force=force)
+    _check_format(out, format)
     if not folder.exists():
         raise ConfigError(f"'{folder.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
     config, checkpoint = folder.read_config(), latest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(f"run '{folder.name}' has no checkpoint yet; train it first (`crate-ray runs` shows its state)")
+    check_output(out, force=force)
     overrides = {} if image_size is None else {"image_size": image_size}
     model = create_model(config.model, **overrides)
     loaded = load_weights(model, checkpoint.read(MODEL_FILE))
@@ -86,22 +88,42 @@ def export_run(
     )
 
 
-def _check_target(out: str, format: str, *, force: bool) -> None:
+def _check_format(out: str, format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"--format {format} is unknown; valid: {', '.join(FORMATS)}")
     if not out.endswith(_SUFFIXES[format]):
         raise ConfigError(f"OUT = '{out}': --format {format} writes {' or '.join(_SUFFIXES[format])}; name the file so")
-    refuse_existing(out, force=force)
 
 
-def refuse_existing(out: str, *, force: bool) -> None:
-    """Keeps a file that is there.
+def check_output(out: str, *, force: bool) -> None:
+    """Refuses a file that could not be written, before the work that it is for.
 
     Raises:
-        ConfigError: It is there, and replacing it was not asked for.
+        ConfigError: It is a folder; it is there, and replacing it was not asked for; or its place cannot be written.
     """
+    if storage.is_dir(out):
+        raise ConfigError(f"'{out}' is a folder; name a file")
     if storage.exists(out) and not force:
         raise ConfigError(f"'{out}' exists already; add --force to replace it, or choose another name")
+    base, mark, query = out.partition("?") if "://" in out else (out, "", "")
+    _try_writing(f"{base}.write-test-{uuid.uuid4().hex[:8]}{mark}{query}", out)
+
+
+def check_output_folder(uri: str) -> None:
+    """The same for files in a folder, which is created.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    _try_writing(storage.join(uri, f".write-test-{uuid.uuid4().hex[:8]}"), uri)
+
+
+def _try_writing(probe: str, out: str) -> None:
+    try:
+        storage.write_atomic(probe, b"ok")
+        storage.delete(probe)
+    except OSError as error:
+        raise ConfigError(f"'{out}' cannot be written ({error}); choose another place") from None
 
 
 class _Content(NamedTuple):

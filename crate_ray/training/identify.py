@@ -32,6 +32,8 @@ from crate_ray.training.precision import choose_device
 LAMBDAS = (0.1, 0.5, 1.0, 5.0)
 STEP_SIZES = (0.1, 1.0)
 DEFAULT_IMAGES = 256
+MIN_IMAGES = 2
+"""A margin needs differences."""
 NUM_PICTURED = 4
 SENTENCE = "The best fit is consistent with, not proof of, the training setting."
 
@@ -127,18 +129,22 @@ def identify(
         weights: What `load_weights` takes: a CRATE autoencoder with its decoder.
         config: Its architecture; `ista_lambda`, `ista_step_size` and `norm_pix_loss` are those looked for and are not read.
         url: Shards that the weights were not trained on, with their index.
-        num_images: Images to look at, evenly over the index; None for all.
+        num_images: Images to look at, at least 2, evenly over the index; None for all.
         mean: Per channel, of pixels in [0, 1], as the training normalised them.
         std: Likewise.
         progress: Is told images done and in all, each counted once a setting.
 
     Raises:
-        ConfigError: Weights that do not fit, that have no lambda, or that have no decoder.
+        ConfigError: Weights that do not fit, that have no lambda, or that have no decoder; fewer than two images.
     """
+    ids = spread_ids(load_index(url).num_samples, num_images)
+    if len(ids) < MIN_IMAGES:
+        raise ConfigError(
+            f"--identify compares settings image by image and needs at least {MIN_IMAGES} images; here {len(ids)} of '{url}'"
+        )
     models = _models(weights, config)
     device = models[0].pos_embed.device
     normalise = Normalise(mean, std).to(device)
-    ids = spread_ids(load_index(url).num_samples, num_images)
     sums = {False: _Sums(), True: _Sums()}
     done = 0
     pictured: tuple[Tensor, Tensor] | None = None

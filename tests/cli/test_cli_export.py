@@ -73,6 +73,21 @@ def test_a_file_that_exists_is_kept_unless_forced(invoke, trained, tmp_path):
     assert invoke("export", trained[0].uri, out, "--format", "safetensors", "--force").code == 0
 
 
+@pytest.mark.parametrize(("out", "says"), [("folder.pth", "is a folder; name a file"), ("file/a.pth", "cannot be written")])
+def test_a_place_that_cannot_be_written_is_one_error_before_the_work(invoke, trained, tmp_path, out, says):
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "file").write_text("")
+    result = invoke("export", trained[0].uri, tmp_path / out, "--format", "crate", "--force")
+    assert result.code == 2
+    assert says in result.err
+    assert not list((tmp_path / "folder.pth").iterdir())
+
+
+def test_nothing_but_the_file_is_left(invoke, trained, tmp_path):
+    assert invoke("export", trained[0].uri, tmp_path / "new" / "a.pth", "--format", "crate").code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.pth"]
+
+
 def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(invoke, make_run, tmp_path):
     arguments = (tmp_path / "a.safetensors", "--format", "safetensors")
     assert "is not a run folder" in invoke("export", tmp_path / "nothing", *arguments).err

@@ -113,6 +113,10 @@ def test_a_file_that_exists_is_kept_unless_forced(invoke, publish, tmp_path):
         (["--preset", "crate_mae_tiny"], "are for --convert OUT and --identify"),
         ([*HEADS, *ISTA, "--convert", "x.pth"], "weights of this package are .safetensors"),
         ([*HEADS, *ISTA, "--set", "train.steps=3", "--convert", "x.safetensors"], "--set train.steps=3: valid here"),
+        (["--out", "x.d", "--images", "4"], "--out, --images: read with --identify only"),
+        ([*HEADS, *ISTA, "--data", "x", "--convert", "x.safetensors"], "--data: read with --identify only"),
+        (["--force"], "--force is for --convert"),
+        ([*HEADS, *ISTA, "--set", "data.mean=[0,0,0]", "--convert", "x.safetensors"], "data.std are read with --identify only"),
         (["--preset", "mae_base", *ISTA, "--convert", "x.safetensors"], "do not fit the model"),
         (["--preset", "crate_mae_bse", *ISTA, "--convert", "x.safetensors"], "did you mean 'crate_mae_base'"),
     ],
@@ -125,6 +129,35 @@ def test_what_does_not_fit_together_is_one_error(invoke, publish, tmp_path, monk
     assert says in result.err
     assert "Traceback" not in result.err
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_values_that_are_not_finite_are_named(invoke, publish):
+    path = publish("crate", family="crate")
+    assert json.loads(invoke("weights", path, "--json").out)["not_finite"] == []
+    content = torch.load(path)
+    content["model"]["mask_token"][0, 0, 3] = float("nan")
+    torch.save(content, path)
+    result = invoke("weights", path)
+    assert result.code == 0
+    assert "NaN or infinite values in 1 of " in result.out
+    assert "refused by every model: mask_token" in result.out
+    assert json.loads(invoke("weights", path, "--json").out)["not_finite"] == ["mask_token"]
+
+
+def test_a_folder_is_told_from_a_missing_file_and_a_run_has_its_export(invoke, tmp_path):
+    result = invoke("weights", tmp_path)
+    assert result.code == 2
+    assert "are a folder" in result.err
+    assert "crate-ray export" in result.err
+
+
+def test_findings_that_cannot_be_written_are_refused_before_the_search(invoke, publish, tmp_path):
+    build_source("shapes:30", str(tmp_path / "shapes"), image_size=16)
+    (tmp_path / "file").write_text("")
+    given = ("--identify", "--data", tmp_path / "shapes" / "validation", "--out", tmp_path / "file" / "found", *HEADS)
+    result = invoke("weights", publish("crate", family="crate"), *given)
+    assert (result.code, result.out) == (2, "")
+    assert "cannot be written" in result.err
 
 
 def test_identify_prints_both_targets_writes_pictures_and_does_not_claim_proof(invoke, publish, tmp_path):

@@ -123,6 +123,12 @@ def test_progress_counts_images_once_a_setting(shards: Path, weights: dict[str, 
     assert seen == [(6 * i, 48) for i in range(1, 9)]
 
 
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_one_image_gives_no_margin_and_is_refused(shards: Path, weights: dict[str, Tensor], num_images: int) -> None:
+    with pytest.raises(ConfigError, match=f"needs at least 2 images; here {num_images} of"):
+        identify(weights, build().config, str(shards / "validation"), num_images=num_images)
+
+
 def test_weights_without_a_decoder_are_refused(shards: Path, weights: dict[str, Tensor]) -> None:
     encoder = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     with pytest.raises(ConfigError, match="have no decoder"):
