@@ -34,8 +34,8 @@ Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps to plan.")]
 StartStep = Annotated[int | None, typer.Option("--start-step", min=0, help="First step; all before it had this global batch.")]
 Cursor = Annotated[int | None, typer.Option("--cursor", min=0, help="Or: images consumed before, over all epochs.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="train.seed of the run.")]
-Lanes = Annotated[int, typer.Option("--lanes", min=1, help="data.lanes of the run.")]
-Window = Annotated[int, typer.Option("--window", min=1, help="data.window of the run.")]
+Lanes = Annotated[int, typer.Option("--lanes", min=1, max=2**31 - 1, help="data.lanes of the run.")]
+Window = Annotated[int, typer.Option("--window", min=1, max=2**31 - 1, help="data.window of the run.")]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ on how finely weights may be graded: the numbers add up to 10,000 at most, and f
 """
 
 import math
+import posixpath
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from pydantic import Field
 
@@ -21,7 +23,7 @@ class MixPart(Frozen):
     """One of the data sets of a mix."""
 
     train: str = Field(description="folder or URL of its training shards with their index")
-    weight: float = Field(1.0, gt=0, description="its samples are weight / (sum of all weights) of what is read")
+    weight: float = Field(1.0, gt=0, le=1e9, description="its samples are weight / (sum of all weights) of what is read")
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
@@ -33,6 +35,12 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(number // divisor for number in numbers)
 
 
+def _place(url: str) -> str:
+    """One spelling for each place: absolute, and without `..`."""
+    path = url.removeprefix("file://")
+    return posixpath.normpath(path if "://" in path else Path(path).expanduser().absolute())
+
+
 def check_mix(mix: Sequence[MixPart]) -> None:
     """Refuses a mix that has no order.
 
@@ -41,8 +49,8 @@ def check_mix(mix: Sequence[MixPart]) -> None:
     """
     if not mix:
         raise ValueError("a mix needs at least one data set: [{train: URL, weight: 1.0}, ...]")
-    urls = [part.train.rstrip("/") for part in mix]
-    twice = next((url for url in urls if urls.count(url) > 1), None)
+    places = [_place(part.train) for part in mix]
+    twice = next((part.train for part, place in zip(mix, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is named twice; name it once, with the sum of the weights")
     weights = [part.weight for part in mix]

@@ -16,7 +16,7 @@ from typing import Any
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.indexing import build_index
+from crate_ray.data.indexing import build_index, writing_to
 from crate_ray.data.schema import SCHEMA_VERSION
 from crate_ray.data.shards import pack_shard
 from crate_ray.data.sources.source import SPLITS, Source
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DATASET_FILE = "dataset.json"
 _KNOWN = "digits, photos, shapes:N, folder:DIR, imagenet:DIR"
+_UNWRITABLE = "make room there, or choose another folder"
 _SAMPLES_WORTH_A_POOL = 20_000
 
 
@@ -115,7 +116,9 @@ def _samples(task: _ShardTask) -> Iterator[dict[str, bytes | str]]:
 def _write(task: _ShardTask) -> int:
     """Write one shard unless it is there already; return its number of samples."""
     if not storage.exists(task.uri):
-        storage.write_atomic(task.uri, pack_shard(_samples(task)))
+        content = pack_shard(_samples(task))
+        with writing_to(task.uri, _UNWRITABLE):
+            storage.write_atomic(task.uri, content)
     return len(task.items)
 
 
@@ -148,7 +151,8 @@ def _claim(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         return note if note["complete"] else None
     if any(storage.list_dir(storage.join(out, split)) for split in SPLITS):
         raise ConfigError(f"{out} holds files that no build of crate-ray wrote; choose an empty folder")
-    storage.write_atomic(uri, json.dumps({**identity, "complete": False}, indent=2))
+    with writing_to(out, _UNWRITABLE):
+        storage.write_atomic(uri, json.dumps({**identity, "complete": False}, indent=2))
     return None
 
 

@@ -4,6 +4,7 @@ In: what a walk or a comparison met. Out: `Finding`, for people as a sentence an
 How far a fault reaches is a property of its kind: a whole shard, one sample, or nothing that indexing has to leave out.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -12,6 +13,7 @@ from typing import Any
 from crate_ray.config import ConfigError
 
 _SHOWN = 20
+_MAX_FINDINGS = 10_000  # of one kind over all shards, some 4 MB; the others are counted
 
 
 class Fault(StrEnum):
@@ -94,6 +96,36 @@ class Finding:
         sample = f", sample {self.key!r}" if self.key else ""
         place = "" if self.offset is None else f" at byte {self.offset}"
         return f"shard {self.shard}{sample}{place}: {self.what} ({self.fault}); {self.fix}"
+
+
+class FindingLog:
+    """The findings of many shards, held in memory of bounded size.
+
+    Attributes:
+        counts: Findings of each kind, also those that are not held.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[Fault] = Counter()
+        self._held: list[Finding] = []
+        self._first_beyond: dict[Fault, str] = {}
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Count findings, and hold them while there are few of their kind."""
+        for finding in findings:
+            self.counts[finding.fault] += 1
+            if self.counts[finding.fault] <= _MAX_FINDINGS:
+                self._held.append(finding)
+            else:
+                self._first_beyond.setdefault(finding.fault, finding.shard)
+
+    def sorted(self) -> list[Finding]:
+        """By shard and byte; one more for each kind of which there are more than are held."""
+        beyond = [
+            Finding(fault, shard, f"{self.counts[fault] - _MAX_FINDINGS} more of this kind, here and in other shards")
+            for fault, shard in self._first_beyond.items()
+        ]
+        return sorted(self._held, key=lambda finding: (finding.shard, finding.offset or 0)) + beyond
 
 
 class DamagedDataError(ConfigError):

@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.findings import DAMAGED_SAMPLE, DAMAGED_SHARD, DamagedDataError, Fault, Finding
+from crate_ray.data.findings import DAMAGED_SAMPLE, DAMAGED_SHARD, DamagedDataError, Fault, Finding, FindingLog
 from crate_ray.data.index import shards_digest
 from crate_ray.data.listing import Listing, list_shards
 from crate_ray.data.scan import ShardFile, ShardScan, scan_shard
@@ -33,7 +34,9 @@ from crate_ray.data.workers import TaskMap, map_here
 logger = logging.getLogger(__name__)
 
 PARTS_FOLDER = ".index-parts"
+_UNWRITABLE = "make room there, or choose a folder of your own with --out DIR"
 _ROW_GROUP = 16_384  # samples; while one is written, several copies of it are in memory
+_WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, pa.ArrowException)
 
 Progress = Callable[[int, int, int], None]
 
@@ -69,18 +72,23 @@ class IndexSummary:
     findings: tuple[Finding, ...]
 
 
+@contextmanager
+def writing_to(place: str, fix: str, errors: tuple[type[Exception], ...] = _WRITE_ERRORS) -> Iterator[None]:
+    """Say of a place that it cannot be written, or that its disk is full, and what to do about it."""
+    try:
+        yield
+    except errors as error:
+        raise ConfigError(f"{place} cannot be written ({error}); {fix}") from None
+
+
 class _Parts:
     """The finished shards of an indexing that is under way, one file each; keyed by what decides their rows."""
 
     def __init__(self, folder: str, label_field: str | None) -> None:
-        self._folder, self._label_field = storage.join(folder, PARTS_FOLDER), label_field
-        try:
+        self._out, self._folder, self._label_field = folder, storage.join(folder, PARTS_FOLDER), label_field
+        with writing_to(folder, _UNWRITABLE, (*_WRITE_ERRORS, ConfigError)):  # also of a store that is read only
             storage.make_dir(self._folder)
             self._there = set(storage.list_dir(self._folder))
-        except (OSError, ConfigError, pa.ArrowException) as error:
-            raise ConfigError(
-                f"the index cannot be written to {folder} ({error}); choose a folder of your own with --out DIR"
-            ) from None
 
     def _name(self, file: ShardFile) -> str:
         stated = [SCHEMA_VERSION, file.name, file.uri, file.size, file.modified, file.etag, self._label_field]
@@ -92,7 +100,8 @@ class _Parts:
         table = scan.samples.replace_schema_metadata({"scan": json.dumps(stated)})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        storage.write_atomic(storage.join(self._folder, self._name(scan.file)), bytes(sink.getvalue()))
+        with writing_to(self._out, _UNWRITABLE):
+            storage.write_atomic(storage.join(self._folder, self._name(scan.file)), bytes(sink.getvalue()))
 
     def read(self, file: ShardFile) -> ShardScan | None:
         """What is known of a shard that has not changed since it was scanned."""
@@ -119,7 +128,7 @@ class _Totals:
     """What is kept of the shards while they are scanned: a row each, and findings."""
 
     rows: dict[str, dict[str, Any]]
-    findings: list[Finding]
+    findings: FindingLog
     left_out_samples: int = 0
     num_samples: int = 0
     num_labelled: int = 0
@@ -129,7 +138,7 @@ class _Totals:
 
     def add(self, scan: ShardScan) -> None:
         self.done += 1
-        self.findings += scan.findings
+        self.findings.add(scan.findings)
         if any(finding.fault in DAMAGED_SHARD for finding in scan.findings):
             return
         if scan.samples.num_rows:
@@ -181,22 +190,22 @@ def _write_samples(uri: str, files: list[ShardFile], parts: _Parts, metadata: di
 
 def _refuse(url: str, totals: _Totals, *, skip_damaged: bool) -> None:
     """Refuse what is damaged, unless it is to be left out; refuse an index of nothing in any case."""
-    damaged = [finding for finding in totals.findings if finding.fault in DAMAGED_SHARD | DAMAGED_SAMPLE]
-    if damaged and not skip_damaged:
+    refused = DAMAGED_SHARD | DAMAGED_SAMPLE
+    count = sum(totals.findings.counts[fault] for fault in refused)
+    if count and not skip_damaged:
         heading = (
-            f"{url} was not indexed: {len(damaged)} faults. Repair them and index again (whole shards are not read again), "
+            f"{url} was not indexed: {count} faults. Repair them and index again (whole shards are not read again), "
             "or leave out what is damaged with --skip-damaged:"
         )
-        raise DamagedDataError(heading, damaged)
+        raise DamagedDataError(heading, (finding for finding in totals.findings.sorted() if finding.fault in refused))
     if not totals.rows:
         raise DamagedDataError(
-            f"{url} holds no image: samples need a member named KEY.jpg, .jpeg, .jpe, .png or .webp", totals.findings
+            f"{url} holds no image: samples need a member named KEY.jpg, .jpeg, .jpe, .png or .webp", totals.findings.sorted()
         )
 
 
-def _warn(findings: list[Finding]) -> None:
+def _warn(findings: list[Finding], counts: Counter[Fault]) -> None:
     """One line for each kind of fault, with its first case."""
-    counts = Counter(finding.fault for finding in findings)
     for fault, count in counts.items():
         first = next(finding for finding in findings if finding.fault == fault)
         logger.warning("%s: %d found, the first in %s", fault, count, first)
@@ -255,7 +264,7 @@ def build_index(
     """
     listing = list_shards(url)
     target = listing.folder if out is None else out
-    parts, totals = _Parts(target, label_field), _Totals({}, [])
+    parts, totals = _Parts(target, label_field), _Totals({}, FindingLog())
     for _ in _scan_all(listing.files, parts, totals, partial(scan_shard, label_field=label_field), task_map):
         if progress:
             progress(totals.done, len(listing.files), totals.num_samples)
@@ -265,9 +274,11 @@ def build_index(
     if not record_times:
         for row in totals.rows.values():
             row["modified"] = row["etag"] = None
-    rows = _write_tables(listing, target, parts, totals, stated)
+    with writing_to(target, _UNWRITABLE):
+        rows = _write_tables(listing, target, parts, totals, stated)
     parts.remove()
-    _warn(totals.findings)
+    findings = totals.findings.sorted()
+    _warn(findings, totals.findings.counts)
     return IndexSummary(
         target,
         shards_digest((row["name"], row["bytes"], row["checksum"]) for row in rows),
@@ -279,5 +290,5 @@ def build_index(
         len(listing.files) - len(rows),
         totals.left_out_samples,
         totals.resumed,
-        tuple(sorted(totals.findings, key=lambda finding: (finding.shard, finding.offset or 0))),
+        tuple(findings),
     )

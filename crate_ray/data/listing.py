@@ -70,6 +70,14 @@ def _matching(folder: str, pattern: str) -> list[ShardFile]:
     if _has_wildcard(parent):
         raise ConfigError(f"'{pattern}': * and [...] stand in file names only; name the folders with braces, {{a,b}}/*.tar")
     place = storage.join(folder, parent) if parent else folder
+    try:
+        return _found_in(place, folder, parent, base)
+    except PermissionError as error:
+        raise ConfigError(f"{place} may not be listed ({error}); give this user the right to read it") from None
+
+
+def _found_in(place: str, folder: str, parent: str, base: str) -> list[ShardFile]:
+    """The shards of one folder whose file names match."""
     if is_web(place):
         there = fnmatch.filter(storage.list_dir(place), base)
         return _named(folder, [f"{parent}/{name}" if parent else name for name in there])

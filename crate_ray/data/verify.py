@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.findings import Fault, Finding
+from crate_ray.data.findings import Fault, Finding, FindingLog
 from crate_ray.data.headers import DEFAULT_MAX_PIXELS, check_size
 from crate_ray.data.index import ShardIndex, has_index, load_index
 from crate_ray.data.listing import list_shards
@@ -182,23 +182,23 @@ def verify_shards(
         ConfigError: When there are no shards, or the index itself cannot be read.
     """
     inspect = partial(_decode if decode else check_size, max_pixels=max_pixels)
-    findings: list[Finding] = []
+    findings = FindingLog()
     if is_indexed := has_index(url):
         index = load_index(url)
-        tasks, findings = _indexed_tasks(index)
+        tasks, unread = _indexed_tasks(index)
+        findings.add(unread)
         label_field = index.label_field
     else:
         tasks = [_Task(file, None, 0, "") for file in list_shards(url).files]
-    results: list[_Result] = []
-    num_samples = 0
+    unlabelled: list[Finding] = []
+    num_samples, is_labelled = 0, False
     for done, (_, result) in enumerate(task_map(partial(_audit_shard, inspect=inspect, label_field=label_field), tasks), 1):
-        results.append(result)
+        findings.add(result.findings)
+        unlabelled += [result.unlabelled] if result.unlabelled else []
+        is_labelled |= result.is_labelled
         num_samples += result.num_samples
         if progress:
             progress(done, len(tasks), num_samples)
-    findings += [finding for result in results for finding in result.findings]
-    if any(result.is_labelled for result in results):
-        findings += [result.unlabelled for result in results if result.unlabelled]
-    findings.sort(key=lambda finding: (finding.shard, finding.offset or 0))
+    findings.add(unlabelled if is_labelled else [])
     num_bytes = sum(max(task.file.size, 0) for task in tasks)
-    return Audit(url, tuple(findings), len(tasks), num_samples, num_bytes, is_indexed, decode)
+    return Audit(url, tuple(findings.sorted()), len(tasks), num_samples, num_bytes, is_indexed, decode)

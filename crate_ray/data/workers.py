@@ -6,9 +6,12 @@ form (`crate_ray.launch.indexing`), so that who computes is chosen by the caller
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, Protocol, TypeVar
+
+from crate_ray.config import ConfigError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,6 +36,11 @@ def _map_in_processes(function: Callable[[T], R], tasks: Sequence[T], *, workers
         try:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"one of {workers} processes was ended from outside (out of memory?); give the same command again with fewer "
+                "--workers (an interrupted indexing or build goes on where it stopped)"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

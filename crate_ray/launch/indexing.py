@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
+from crate_ray.config import ConfigError
 from crate_ray.launch.cluster import capacity, connect
 
 T = TypeVar("T")
@@ -26,7 +28,7 @@ def map_on_cluster(function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[t
         tasks: One each.
 
     Raises:
-        ConfigError: RAY_ADDRESS names a cluster that does not answer.
+        ConfigError: RAY_ADDRESS names a cluster that does not answer, or a task's process died on every attempt.
     """
     if not tasks:
         return
@@ -40,10 +42,20 @@ def map_on_cluster(function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[t
             if not running:
                 return
             (done, *_), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), ray.get(done)
+            yield running.pop(done), _result(done)
     finally:
         for reference in running:
             ray.cancel(reference)
+
+
+def _result(done: ray.ObjectRef[Any]) -> Any:
+    try:
+        return ray.get(done)
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise ConfigError(
+            f"a task's process died each time it was tried (out of memory?): {str(error).partition(chr(10))[0]}; give the same "
+            "command again on nodes with more memory, or with --workers (an interrupted indexing goes on where it stopped)"
+        ) from None
 
 
 @ray.remote(num_cpus=1, max_retries=3)

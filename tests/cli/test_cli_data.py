@@ -49,6 +49,14 @@ def test_build_refuses_what_it_cannot_read(invoke, tmp_path, arguments, message)
     assert message in result.err
 
 
+def test_build_into_a_place_that_cannot_be_written_is_one_message(invoke):
+    result = invoke("data", "build", "shapes:50", "/proc/no/such/set")
+    assert result.code == 2
+    assert "/proc/no/such/set cannot be written" in " ".join(result.err.split())
+    assert "choose another folder" in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+
+
 def test_index_counts_shards_that_another_program_wrote(invoke, shapes, tmp_path):
     for shard in (shapes / "train").glob("*.tar"):
         shutil.copy(shard, tmp_path)

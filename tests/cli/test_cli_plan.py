@@ -144,6 +144,8 @@ def test_on_a_narrow_terminal_keys_are_cut_to_whole_ones_and_no_line_is_folded(i
         (["--steps", 10**9], "show at most 390,625 steps"),
         (["--world-size", 0], "Invalid value for '--world-size'"),
         (["--lanes", 0], "Invalid value for '--lanes'"),
+        (["--lanes", 10**23], "Invalid value for '--lanes'"),
+        (["--window", 10**23], "Invalid value for '--window'"),
         (["--seed", -1], "Invalid value for '--seed'"),
         (["--seed", 2**63], "Invalid value for '--seed'"),
         (["--cursor", 2**64], "beyond any run"),

@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,7 +15,7 @@ from fault_server import FaultServer
 from hostile import image
 
 from crate_ray.config import ConfigError
-from crate_ray.data import Fault, ShardIndex, build_index, load_index, map_with, verify_shards
+from crate_ray.data import DamagedDataError, Fault, ShardIndex, build_index, load_index, map_with, verify_shards
 from crate_ray.data.shards import pack_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -338,3 +340,56 @@ def test_the_index_names_the_members_of_each_sample(tmp_path):
     earlier = pq.read_table(tmp_path / "samples.parquet").drop_columns("members")
     pq.write_table(earlier, tmp_path / "samples.parquet")
     assert load_index(url).samples["members"].null_count == 2
+
+
+def test_a_full_disk_is_one_message(theirs, monkeypatch):
+    def full(uri, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crate_ray.storage.write_atomic", full)
+    with pytest.raises(ConfigError, match=rf"{theirs} cannot be written \(.*No space left.*\); make room there"):
+        build_index(str(theirs))
+
+
+def _end_this_process(task: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_is_one_message():
+    with pytest.raises(ConfigError, match="one of 2 processes was ended from outside"):
+        list(map_with(2)(_end_this_process, [1, 2, 3]))
+
+
+def test_of_many_findings_some_are_held_and_all_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr("crate_ray.data.findings._MAX_FINDINGS", 3)
+    for shard in range(4):
+        write(tmp_path, [{"__key__": f"k{i}", "jpg": b"1", "cls": b"dog"} for i in range(2)], f"s{shard}.tar")
+    with pytest.raises(DamagedDataError, match="8 faults") as refusal:
+        build_index(str(tmp_path))
+    assert [finding.shard for finding in refusal.value.findings] == ["s0.tar", "s0.tar", "s1.tar", "s1.tar"]
+    assert refusal.value.findings[-1].what == "5 more of this kind, here and in other shards"
+    labels = [finding for finding in verify_shards(str(tmp_path), decode=False).findings if finding.fault == Fault.LABEL]
+    assert len(labels) == 4
+
+
+def test_a_folder_that_may_not_be_listed_is_one_message(theirs, monkeypatch):
+    def refused(action, what):  # the administrator, who may run this, is refused nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("crate_ray.data.listing.retrying", refused)
+    with pytest.raises(ConfigError, match=r"theirs may not be listed .*right to read"):
+        build_index(str(theirs))
+
+
+def test_a_task_of_the_cluster_whose_process_dies_is_one_message(monkeypatch):
+    from ray.exceptions import WorkerCrashedError
+
+    from crate_ray.launch import indexing
+
+    def died(reference):
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(indexing.ray, "get", died)
+    with pytest.raises(ConfigError, match=r"process died each time .*; give the same command again"):
+        indexing._result(None)

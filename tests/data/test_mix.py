@@ -224,6 +224,13 @@ def loaded(mix: str) -> RunConfig:
             r"data\.mix\.0\.wight: unknown key \(did you mean 'weight'\?\); valid keys here: train, weight",
         ),
         ("[{weight: 2}]", r"data\.mix\.0\.train: required"),
+        (
+            "[{train: a}, {train: b, weight: 1.0e+308}]",
+            r"data\.mix\.1\.weight = 1e\+308: input should be less than or equal to",
+        ),
+        ("[{train: x/train}, {train: x/train/../train}]", "x/train is named twice"),
+        ("[{train: s3://b/x}, {train: s3://b//y/../x/}]", "s3://b/x is named twice"),
+        ("[{train: /x}, {train: file:///x}]", "/x is named twice"),
         ("[{train: a}, {train: a/}]", "a is named twice; name it once, with the sum of the weights"),
         (
             "[{train: a, weight: 1281167}, {train: b, weight: 13153500}]",
