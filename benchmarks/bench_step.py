@@ -302,7 +302,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--models", type=_listed, default=["crate_mae_small", "crate_mae_base", "mae_base"], help="presets, by commas"
+        "--models",
+        type=_listed,
+        default=["crate_mae_small", "crate_mae_base", "mae_base"],
+        help="autoencoder presets, by commas",
     )
     parser.add_argument("--precision", type=_listed, default=list(DTYPES), help=f"of {', '.join(DTYPES)}, by commas")
     parser.add_argument("--compile", action="store_true", help="run each implementation compiled as well")
@@ -315,8 +318,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device; leave the option out to run on the CPU")
-    if unknown := [name for name in options.models if name not in PRESETS]:
-        parser.error(f"--models {','.join(unknown)} is unknown; valid: {', '.join(PRESETS)}")
+    autoencoders = [name for name, keys in PRESETS.items() if "num_classes" not in keys]
+    if unknown := [name for name in options.models if name not in autoencoders]:
+        parser.error(f"--models {','.join(unknown)}: no preset of an autoencoder; valid: {', '.join(autoencoders)}")
     if unknown := [precision for precision in options.precision if precision not in DTYPES]:
         parser.error(f"--precision {','.join(unknown)} is unknown; valid: {', '.join(DTYPES)}")
     options.batch = options.batch or (
@@ -325,6 +329,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.steps = STEPS_OF_A_ROUND[options.device]
     options.overrides = dict(pair.split("=", 1) for pair in options.set)
+    if "num_classes" in options.overrides:
+        parser.error("--set num_classes: a classifier has no peers here; leave it out")
     return options
 
 

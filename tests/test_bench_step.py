@@ -107,7 +107,13 @@ def test_the_peers_compute_the_published_loss() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--precision=half"], "half is unknown; valid: float32, bfloat16"), (["--device=tpu"], "invalid choice")],
+    [
+        (["--precision=half"], "half is unknown; valid: float32, bfloat16"),
+        (["--device=tpu"], "invalid choice"),
+        (["--models=crate_tiny"], "crate_tiny: no preset of an autoencoder; valid: crate_mae_tiny"),
+        (["--models=mae_base,nope"], "nope: no preset of an autoencoder"),
+        (["--device=cpu", "--set=num_classes=5"], "a classifier has no peers here"),
+    ],
 )
 def test_a_wrong_option_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

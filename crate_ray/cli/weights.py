@@ -110,7 +110,7 @@ def _describe(source: "WeightsFile", file: str, *, as_json: bool) -> None:
         lines.append(
             (
                 "NOT FINITE",
-                f"NaN or infinite values in {len(broken)} of {len(source.state)} tensors, refused by every model: {names}{more}",
+                f"NaN or infinite values in {len(broken)} of {len(source.state)} tensors, which no model takes: {names}{more}",
             )
         )
     for label, text in lines:

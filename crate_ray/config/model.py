@@ -96,7 +96,16 @@ class ModelConfig(Frozen):
                 raise ValueError(f"{name}width = {width} must be a multiple of 4: sin-cos positions have four parts")
         if self.num_classes is None:
             self._check_masking()
+        elif not 0 < self.mask_ratio < 1:
+            raise ValueError(
+                f"mask_ratio = {self.mask_ratio} is no share of the patches, and a classifier hides none: leave mask_ratio out"
+            )
         self._check_classifier()
+        if self.family == "vit" and self.ista_learnable != "none":
+            raise ValueError(
+                f"ista_learnable = {self.ista_learnable} trains step sizes and lambdas, and family vit has none: leave it "
+                "out, or set family to crate"
+            )
         for name in ("ista_step_size", "ista_lambda"):
             value = getattr(self, name)
             layers = value if isinstance(value, tuple) else (value,) * self.encoder_depth
@@ -226,14 +235,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_values(name: str) -> dict[str, Any]:
+def preset_values(name: object) -> dict[str, Any]:
     """The keys that a preset sets.
 
     Raises:
-        ConfigError: For an unknown name; lists the valid ones.
+        ConfigError: For an unknown name, or what is no name; lists the valid ones.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            f"model.preset = '{name}' is unknown{nearest(name, list(PRESETS))}; valid: {', '.join(sorted(PRESETS))}"
+            f"model.preset = '{name}' is unknown{nearest(str(name), list(PRESETS))}; valid: {', '.join(sorted(PRESETS))}"
         )
     return PRESETS[name]

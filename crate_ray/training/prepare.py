@@ -126,13 +126,14 @@ def prepare_run(
         The configuration with absolute paths and the digest of its first weights, and the folder.
 
     Raises:
-        ConfigError: No such data or labels that do not fit, storage that cannot be written, or a name that another
-            configuration has.
+        ConfigError: No such data or labels that do not fit, storage that cannot be written, a name that another
+            configuration has, or first weights that do not fit the model.
     """
     config = pin_weights(absolute_paths(config))
     check_labels(config)
     storage.check_writable(config.storage.path)
     precision = resolve_precision(config.train.precision, device_type)
     identity = fingerprint(config, data_digest(config), precision)
+    check_first_weights(config, find_run(config, identity["resume"]["parts"], uri=uri))
     folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, uri=uri)
     return config, folder

@@ -140,7 +140,7 @@ def test_values_that_are_not_finite_are_named(invoke, publish):
     result = invoke("weights", path)
     assert result.code == 0
     assert "NaN or infinite values in 1 of " in result.out
-    assert "refused by every model: mask_token" in result.out
+    assert "which no model takes: mask_token" in result.out
     assert json.loads(invoke("weights", path, "--json").out)["not_finite"] == ["mask_token"]
 
 

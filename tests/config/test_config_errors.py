@@ -1,5 +1,7 @@
 """A wrong configuration is refused with one message: the key, the value, what is valid, the fix."""
 
+from typing import Any
+
 import pytest
 
 from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
@@ -49,6 +51,24 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'crate_mae_base'"):
         ModelConfig.parse({"preset": "crate_mae_bse"})
+
+
+@pytest.mark.parametrize("preset", ["5", "[a]", "{a: 1}", "true"])
+def test_a_preset_that_is_no_name_is_one_error(preset: str) -> None:
+    assert "is unknown; valid: crate_base" in refusal(f"model.preset={preset}")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"preset": "mae_base", "ista_learnable": "layer"}, "family vit has none"),
+        ({"preset": "crate_tiny", "mask_ratio": 3}, "mask_ratio = 3.0 is no share of the patches"),
+        ({"preset": "crate_tiny", "mask_ratio": 0}, "a classifier hides none"),
+    ],
+)
+def test_a_key_that_would_be_read_by_nobody_is_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ModelConfig.parse(values)
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", "train.steps.x=3", "train.steps=[1"])

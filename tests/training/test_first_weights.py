@@ -179,6 +179,8 @@ def test_weights_of_another_architecture_are_refused_before_anything_is_written(
     before = sorted(path.name for path in (tmp_path / "runs").iterdir())
     with pytest.raises(ConfigError, match=r"missing: blocks\.1\.attn\.qkv\.weight"):
         locate_run(deeper)
+    with pytest.raises(ConfigError, match=r"missing: blocks\.1\.attn\.qkv\.weight"):
+        prepare_run(deeper, device_type="cpu")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
 
 
