@@ -41,6 +41,7 @@ class ShardIndex:
         num_classes: Number of classes of the data set; 0 without labels.
         shards_url: Folder and pattern that were indexed.
         label_field: Field of `json` that the labels were read from; None for the usual places.
+        first_ids: The first sample id of each data set of a mix.
     """
 
     url: str
@@ -49,6 +50,7 @@ class ShardIndex:
     num_classes: int
     shards_url: str
     label_field: str | None
+    first_ids: tuple[int, ...] = (0,)
 
     @property
     def num_samples(self) -> int:

@@ -106,6 +106,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         max(index.num_classes for index in indexes),
         ", ".join(index.shards_url for index in indexes),
         None,
+        tuple(accumulate((index.num_samples for index in indexes[:-1]), initial=0)),
     )
 
 

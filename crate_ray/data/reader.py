@@ -144,7 +144,7 @@ class _ReadAhead:
     def __init__(self, loader: SampleLoader, *, num_loaders: int, prefetch: int, horizon: int, timeout_s: float) -> None:
         self._loader, self._timeout_s = loader, timeout_s
         self._depth = prefetch if num_loaders else 1
-        self._horizon = max(horizon, self._depth) if loader.is_caching else self._depth
+        self._horizon = max(horizon, self._depth) if loader.fetches_ahead else self._depth
         self._num_tasks = max(1, num_loaders)
         self.threads = LoaderThreads(num_loaders) if num_loaders else None
         self._plan: Iterator[tuple[Ids, Ids]] = iter(())
@@ -346,6 +346,7 @@ def open_reader(
     loader_timeout_s: float = DEFAULT_LOADER_TIMEOUT_S,
     cache_dir: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    fetch_ahead: bool = True,
 ) -> Reader:
     """Open a folder of shards, or several, for training.
 
@@ -371,6 +372,8 @@ def open_reader(
         loader_timeout_s: Longest wait for a batch, seconds; not bounded with 0 threads, where the store's own limits hold.
         cache_dir: Folder on this machine's disk for whole shards of a remote URL; None reads them by range.
         cache_bytes: Bytes of that folder, over all processes that share it.
+        fetch_ahead: Fetch the shards of a whole window of every lane into it before their samples are asked for; of no use
+            to a reader that is given a new position for every batch.
 
     Raises:
         ConfigError: For a missing index, more ranks than samples in a batch, or a value out of range.
@@ -386,7 +389,13 @@ def open_reader(
     index, order = load_ordered(source, seed=seed, lanes=lanes, window=window)
     transform = Transform(image_size, augment, crop_scale, flip, noise_size, seed, max_pixels)
     return Reader(
-        SampleLoader(index, transform, replace=on_error == "replace", cache=_open_cache(cache_dir, cache_bytes)),
+        SampleLoader(
+            index,
+            transform,
+            replace=on_error == "replace",
+            cache=_open_cache(cache_dir, cache_bytes),
+            fetch_ahead=fetch_ahead,
+        ),
         order,
         batch_size=global_batch,
         rank=rank,

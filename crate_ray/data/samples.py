@@ -7,10 +7,13 @@ the index, which costs microseconds and finds the flipped bits that image decode
 """
 
 import logging
+import resource
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +40,7 @@ from crate_ray.data.streams import Purpose, stream
 
 logger = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 256
+_MAX_OPEN_SHARDS = 4096
 _MAX_NEIGHBOURS = 16
 
 
@@ -84,6 +87,10 @@ class _MappedShard:
         return self._data[offset : offset + size]
 
 
+class _CachedShard(_MappedShard):
+    """A remote shard mapped from the cache, whose file may be damaged while the store's is not."""
+
+
 class _RemoteShard:
     """A shard in a remote store, read by range."""
 
@@ -105,27 +112,43 @@ def _find_hash() -> Callable[[Buffer], int] | None:
     return xxh3_64_intdigest
 
 
+def _open_limit() -> int:
+    """Shards that may be open: each map holds a descriptor, and most of those are left to the rest of the process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN_SHARDS, soft // 4))
+
+
 class SampleLoader:
     """Reads samples of an index; safe to use from several threads.
 
     Args:
         index: The shards.
         transform: What is done to an image.
-        replace: Put the next readable sample of the index in the place of an unreadable one, instead of raising.
+        replace: Put the next readable sample of its data set in the place of an unreadable one, instead of raising.
         cache: Where remote shards are kept; None reads them by range. Closed with the loader.
+        fetch_ahead: Fetch shards into the cache once their samples are announced, on threads of the loader's own.
     """
 
-    def __init__(self, index: ShardIndex, transform: Transform, *, replace: bool, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        transform: Transform,
+        *,
+        replace: bool,
+        cache: ShardCache | None = None,
+        fetch_ahead: bool = True,
+    ) -> None:
         self.index, self.transform, self.replace = index, transform, replace
         self._offsets, self._sizes = index.column("offset"), index.column("size")
         self._hashes, self._labels, self._shard_of = index.column("xxh3"), index.labels, index.shard_of
         self._shard_bytes, self._checksums = index.shards["bytes"].to_numpy(), index.shards["checksum"].to_pylist()
         self._open: OrderedDict[int, _MappedShard | _RemoteShard] = OrderedDict()
+        self._open_limit = _open_limit()
         self._lock = threading.Lock()
         self._hash = _find_hash()
         self._busy: dict[str, tuple[int, float]] = {}
         self._cache = cache
-        self._prefetcher = Prefetcher(self._prefetch) if cache else None
+        self._prefetcher = Prefetcher(self._prefetch) if cache and fetch_ahead else None
         self._needed: Counter[int] = Counter()
         self._warned = False
 
@@ -141,16 +164,17 @@ class SampleLoader:
 
     def close(self) -> None:
         """Let go of the open shards."""
-        if self._cache is not None and self._prefetcher is not None:
+        if self._cache is not None:
             self._cache.close()
+        if self._prefetcher is not None:
             self._prefetcher.close()
         with self._lock:
             self._open.clear()
 
     @property
-    def is_caching(self) -> bool:
+    def fetches_ahead(self) -> bool:
         """Whether it pays to say early which samples will be read."""
-        return self._cache is not None
+        return self._prefetcher is not None
 
     def expect(self, ids_B: Ids) -> None:
         """Announce samples: their shards are fetched in this order, and kept until `done` is called for the same samples."""
@@ -185,6 +209,9 @@ class SampleLoader:
         with self._lock:
             if number in self._open or not self._needed[number]:
                 return True
+            self._let_go(self._open_limit - 1, idle_only=True)
+            if len(self._open) >= self._open_limit:
+                return False
         try:
             shard = self._cached(number)
         except (OSError, ConfigError, CacheClosedError) as error:
@@ -195,7 +222,7 @@ class SampleLoader:
                 self._open.setdefault(number, shard)
         return shard is not None
 
-    def _cached(self, number: int) -> _MappedShard | None:
+    def _cached(self, number: int) -> _CachedShard | None:
         """A shard from the cache, for which shards that nobody needs are let go; None where it does not fit."""
         assert self._cache is not None
         uri, size = self.index.shard_uris[number], int(self._shard_bytes[number])
@@ -205,7 +232,7 @@ class SampleLoader:
                 if idle is None:
                     return None
                 del self._open[idle]
-        return _MappedShard(data)
+        return _CachedShard(data)
 
     def _open_shard(self, number: int) -> _MappedShard | _RemoteShard:
         uri = self.index.shard_uris[number]
@@ -240,19 +267,29 @@ class SampleLoader:
             )
         with self._lock:
             shard = self._open.setdefault(number, shard)
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
+            self._let_go(self._open_limit)
         return shard
 
-    def _read(self, sample_id: int, offset: int, size: int) -> Buffer:
-        """Bytes of the shard of a sample; every fault of its store names the sample."""
-        number = int(self._shard_of[sample_id])
+    def _let_go(self, limit: int, *, idle_only: bool = False) -> None:
+        """Drop open shards beyond a limit: those that are not announced first, of these the least recently read."""
+        excess = len(self._open) - limit
+        if excess > 0:
+            idle = [number for number in self._open if not self._needed[number]]
+            needed = [] if idle_only else [number for number in self._open if self._needed[number]]
+            for number in [*idle, *needed][:excess]:
+                del self._open[number]
+
+    @contextmanager
+    def _naming(self, sample_id: int) -> Iterator[None]:
+        """Makes every fault of the shard of a sample and of its store name the sample."""
         try:
-            return self._shard(number).read(offset, size)
+            yield
         except FileNotFoundError:
             raise ConfigError(
-                f"shard {self.index.shard_uris[number]} is in the index but not there; copy it back or index the folder again"
+                f"{self.index.locate(sample_id)} is in the index but not there; copy the shard back or index the folder again"
             ) from None
+        except ConfigError as error:
+            raise ConfigError(f"{self.index.locate(sample_id)}: {error}") from error
         except OSError as error:
             raise storage.StorageError(f"{self.index.locate(sample_id)}: {error}") from error
 
@@ -264,9 +301,32 @@ class SampleLoader:
             ConfigError: When its shard is missing or of another size.
             StorageError: When its store refuses, or fails until the deadline.
         """
-        data = self._read(sample_id, int(self._offsets[sample_id]), int(self._sizes[sample_id]))
-        if self._hash is not None and self._hash(data) != int(self._hashes[sample_id]):
+        number, offset, size = int(self._shard_of[sample_id]), int(self._offsets[sample_id]), int(self._sizes[sample_id])
+        with self._naming(sample_id):
+            shard = self._shard(number)
+            data = shard.read(offset, size)
+            if not self._is_intact(sample_id, data) and isinstance(shard, _CachedShard):
+                data = self._read_again(sample_id, number, shard, offset, size)
+        if not self._is_intact(sample_id, data):
             raise ImageError("its bytes do not have the hash in the index (damaged since it was indexed)")
+        return data
+
+    def _is_intact(self, sample_id: int, data: Buffer) -> bool:
+        return self._hash is None or self._hash(data) == int(self._hashes[sample_id])
+
+    def _read_again(self, sample_id: int, number: int, shard: _CachedShard, offset: int, size: int) -> Buffer:
+        """The bytes of a sample from the store; where they are right, the cached file is to blame and is given up."""
+        assert self._cache is not None
+        remote = storage.RemoteFile(self.index.shard_uris[number])
+        data = remote.read_at(size, offset)
+        if self._is_intact(sample_id, data):
+            path = self._cache.discard_damaged(remote, offset=offset, expected=data)
+            logger.warning(
+                "the cached shard %s is damaged at byte %d and is fetched again: %s", path, offset, self.index.locate(sample_id)
+            )
+            with self._lock:
+                if self._open.get(number) is shard:
+                    del self._open[number]
         return data
 
     def mask(self, sample_id: int) -> torch.Tensor:
@@ -280,7 +340,8 @@ class SampleLoader:
             raise ConfigError(
                 f"{self.index.locate(sample_id)} has no mask (member mask.png); masks are stored by the source shapes:N"
             )
-        data = self._read(sample_id, row["mask_offset"], row["mask_size"])
+        with self._naming(sample_id):
+            data = self._shard(int(self._shard_of[sample_id])).read(row["mask_offset"], row["mask_size"])
         try:
             decoded = decode(data, max_pixels=self.transform.max_pixels)
         except ImageError as error:
@@ -293,10 +354,12 @@ class SampleLoader:
         return self.transform.apply(decoded, epoch=epoch, sample_id=drawn_as)
 
     def _image_or_neighbour(self, sample_id: int, *, epoch: int) -> tuple[torch.Tensor, int]:
-        """An image and the id of the sample it is: the one asked for, or the next in the index that can be read."""
-        num_samples = self.index.num_samples
-        for step in range(min(_MAX_NEIGHBOURS, num_samples) if self.replace else 1):
-            candidate = (sample_id + step) % num_samples
+        """An image and the id of the sample it is: the one asked for, or the next of its data set that can be read."""
+        data_set = bisect_right(self.index.first_ids, sample_id) - 1
+        first, stop = [*self.index.first_ids, self.index.num_samples][data_set : data_set + 2]
+        tries = min(_MAX_NEIGHBOURS, stop - first) if self.replace else 1
+        for step in range(tries):
+            candidate = first + (sample_id - first + step) % (stop - first)
             try:
                 return self.image(candidate, epoch=epoch, drawn_as=sample_id), candidate
             except ImageError as error:
@@ -304,7 +367,7 @@ class SampleLoader:
                 if not self.replace:
                     raise ConfigError(f"{message}; repair the data or set data.on_error=replace") from error
                 logger.warning("%s; replaced by its neighbour", message)
-        raise ConfigError(f"{self.index.locate(sample_id)} and the {_MAX_NEIGHBOURS - 1} samples after it cannot be read")
+        raise ConfigError(f"{self.index.locate(sample_id)} and the {tries - 1} samples after it cannot be read")
 
     def fill(self, buffers: Buffers, rows: slice, ids_B: Ids, epochs_B: Ids) -> int:
         """Fill some rows of a batch with the samples planned for them; return how many are neighbours instead."""

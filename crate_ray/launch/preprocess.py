@@ -35,7 +35,7 @@ class _BatchMaker:
 
     def __init__(self, source: Source, options: dict[str, Any]) -> None:
         torch.set_num_threads(1)
-        self._reader = open_reader(source, **options, num_loaders=0, max_replaced_fraction=1.0)
+        self._reader = open_reader(source, **options, num_loaders=0, max_replaced_fraction=1.0, fetch_ahead=False)
 
     def __call__(self, row: Row) -> Row:
         self._reader.load_state_dict({"cursor": int(row["cursor"][0])})
@@ -77,6 +77,7 @@ class StreamedReader:
         self._threads = LoaderThreads(2)
         self._rows = self._all_rows(cursor)
         self._asked: Future[Row] | None = None
+        self._following: Future[Iterator[Row]] | None = None
 
     def _stream(self, cursor: int) -> Iterator[Row]:
         """The rows of one execution of Ray Data."""
@@ -110,9 +111,10 @@ class StreamedReader:
             cursor += _STREAM_BATCHES * self._step
             for number, row in enumerate(stream):
                 if number == _STREAM_BATCHES - _HANDOVER_BATCHES:
-                    following = self._threads.submit(self._started, cursor)
+                    self._following = self._threads.submit(self._started, cursor)
                 yield row
-            stream = following.result()
+            assert self._following is not None, "a stream is longer than its handover"
+            stream, self._following = self._following.result(), None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -147,9 +149,14 @@ class StreamedReader:
         return {"cursor": self._cursor}
 
     def close(self) -> None:
-        """End the stream and its actors."""
+        """End the stream and its actors, and the stream that follows it; one that is busy ends after its next row."""
+        if self._following is not None:
+            self._following.cancel()
+            self._following = None
         if self._asked is None:
             self._rows.close()
+        else:
+            self._asked.add_done_callback(lambda _: self._rows.close())
         self._threads.close()
 
 

@@ -11,15 +11,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fault_server import FaultServer
 from xxhash import xxh3_128_hexdigest
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.data import open_reader
+from crate_ray.data import build_index, load_index, open_reader
 from crate_ray.data.cache import CacheClosedError, ShardCache
+from crate_ray.data.index import ShardIndex, read_shard
 from crate_ray.data.loaders import Prefetcher
+from crate_ray.data.samples import SampleLoader, Transform
+from crate_ray.data.shards import pack_shard
 from crate_ray.storage import RemoteFile, StorageError, retry
 
 SHARD_BYTES = 100_000
@@ -296,3 +300,85 @@ def test_a_shard_waits_once_for_room_however_often_it_is_announced():
         time.sleep(0.01)
     prefetcher.close()
     assert sorted(asked) == [0, 1, 2, 3]
+
+
+def test_a_damaged_cache_file_is_dropped_and_the_store_is_not_blamed(shapes_folder, served_shapes, tmp_path, caplog):
+    server, url = served_shapes
+    expected = read(str(shapes_folder / "train"))
+    assert torch.equal(read(url, cache_dir=str(tmp_path)), expected)
+    files = sorted(tmp_path.glob("*.tar"))
+    for file in files:
+        data = bytearray(file.read_bytes())
+        for row in load_index(str(shapes_folder / "train")).samples.to_pylist():
+            data[row["offset"] + row["size"] // 2] ^= 1
+        file.write_bytes(data)
+    assert torch.equal(read(url, cache_dir=str(tmp_path), on_error="raise"), expected)
+    assert all(f"the cached shard {file} is damaged at byte" in caplog.text for file in files)
+    assert torch.equal(read(url, cache_dir=str(tmp_path)), expected)
+    assert {xxh3_128_hexdigest(file.read_bytes()) for file in tmp_path.glob("*.tar")} == {
+        xxh3_128_hexdigest(data) for path, data in server.files.items() if path.endswith(".tar")
+    }
+
+
+@pytest.fixture
+def nine_shards(shapes_folder: Path, tmp_path: Path) -> Iterator[tuple[FaultServer, ShardIndex]]:
+    """A server of nine shards of one sample each, and their index."""
+    image = read_shard(str(shapes_folder / "train" / "train-000000.tar"))
+    row = load_index(str(shapes_folder / "train")).samples.slice(0, 1).to_pylist()[0]
+    member = {row["extension"]: bytes(image[row["offset"] : row["offset"] + row["size"]])}
+    folder = tmp_path / "nine"
+    folder.mkdir()
+    for number in range(9):
+        (folder / f"{number}.tar").write_bytes(pack_shard([{"__key__": str(number), **member}]))
+    build_index(str(folder))
+    with FaultServer({f"/nine/{path.name}": path.read_bytes() for path in folder.iterdir()}) as server:
+        yield server, load_index(f"{server.url}/nine")
+
+
+def open_maps(folder: Path) -> int:
+    """Shards of a folder that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(str(folder) in line and line.endswith(".tar") for line in lines)
+
+
+def test_open_shards_are_bounded_and_those_that_are_announced_stay(nine_shards, tmp_path, monkeypatch):
+    server, index = nine_shards
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))  # a quarter of them for shards
+    folder = tmp_path / "cache"
+    cache = ShardCache(str(folder), max_bytes=10**9)
+    loader = SampleLoader(index, Transform(24), replace=False, cache=cache)
+    loader.expect(np.arange(9))
+    deadline = time.monotonic() + 10
+    while open_maps(folder) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert 4 <= open_maps(folder) <= 5  # both threads may have found room for one
+    for sample_id in range(9):
+        loader.read(sample_id)
+        loader.done(np.asarray([sample_id]))
+        assert open_maps(folder) <= 6
+    loader.expect(np.arange(3))
+    for sample_id in range(3):
+        loader.read(sample_id)
+    for sample_id in range(3, 9):
+        loader.read(sample_id)
+    opened = server.count("HEAD")
+    for sample_id in range(3):
+        loader.read(sample_id)
+    assert server.count("HEAD") == opened
+    loader.close()
+
+
+def test_a_reader_that_is_repositioned_for_every_batch_fetches_what_it_reads(served_shapes, shapes_folder, tmp_path):
+    server, url = served_shapes
+    options = {"global_batch": 16, "image_size": 24, "num_loaders": 0, "lanes": 1, "window": 8}
+    with (
+        open_reader(url, **options, cache_dir=str(tmp_path), fetch_ahead=False) as reader,
+        open_reader(str(shapes_folder / "train"), **options) as local,
+    ):
+        for cursor in (16, 0, 32, 16):
+            for each in (reader, local):
+                each.load_state_dict({"cursor": cursor})
+            assert torch.equal(next(reader).images_BCHW, next(local).images_BCHW)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("crate-ray-prefetch")]
+    assert server.count() <= 2

@@ -8,7 +8,7 @@ import torch
 from fault_server import FaultServer
 
 from crate_ray import storage
-from crate_ray.config import ConfigError
+from crate_ray.config import ConfigError, MixPart
 from crate_ray.data import build_index, load_index, open_reader, read_all, read_masks
 from crate_ray.data.shards import pack_shard
 from crate_ray.data.sources.shapes import draw
@@ -219,6 +219,20 @@ def test_after_an_error_the_same_batch_is_tried_again(shapes_folder, damaged, nu
             with shard.open("r+b") as file:  # repaired in place, where the open map sees it
                 file.write((shapes_folder / "train" / shard.name).read_bytes())
         assert torch.equal(next(reader).images_BCHW, whole[0].images_BCHW)
+
+
+def test_a_stand_in_comes_from_the_data_set_of_the_sample(shapes_folder, tmp_path):
+    parts = []
+    for name in ("first", "second"):
+        shutil.copytree(shapes_folder / "train", tmp_path / name)
+        parts.append(MixPart(train=str(tmp_path / name)))
+    last = load_index(parts[0].train).num_samples - 1
+    row = load_index(parts[0].train).samples.slice(last, 1).to_pylist()[0]
+    with (tmp_path / "first" / row["shard"]).open("r+b") as file:
+        file.seek(row["offset"])
+        file.write(b"damaged")
+    (batch,) = read_all(parts, batch_size=1, image_size=24, sample_ids=[last], on_error="replace")
+    assert batch.sample_ids_B.tolist() == [0]
 
 
 def test_masks_are_cut_as_the_images_are(shapes_folder):

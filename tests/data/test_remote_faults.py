@@ -128,6 +128,7 @@ def test_a_refusal_is_one_error_at_once(remote, status):
     assert server.count("HEAD") + server.count("GET") <= 12  # two threads and two prefetching ones; no retry
     expected = "check the credentials" if status == "403" else "is in the index but not there"
     assert expected in str(caught.value)
+    assert re.match(PLACE, str(caught.value))
 
 
 def test_a_server_that_ignores_ranges_gives_the_right_bytes_or_an_error(remote, shapes_folder, caplog, monkeypatch):
@@ -185,7 +186,7 @@ def test_a_shard_of_another_size_is_refused_by_name(remote, shapes_folder):
             storage.write_atomic(storage.join(url, path.name), path.read_bytes() + bytes(512 if path.suffix == ".tar" else 0))
     else:
         server.files = {at: data + bytes(512 if at.endswith(".tar") else 0) for at, data in server.files.items()}
-    with pytest.raises(ConfigError, match=r"train-00000\d\.tar\S* has .*its index says"):
+    with pytest.raises(ConfigError, match=PLACE + r": shard \S+train-00000\d\.tar\S* has .*its index says"):
         read_epoch(url, **options)
 
 
