@@ -29,8 +29,8 @@ class DataConfig(Frozen):
     preprocess: Literal["ray_data"] | None = Field(
         None, description="ray_data: num_loaders actors a worker decode on any node with a free CPU, instead of its threads"
     )
-    lanes: int = Field(64, ge=1, description="canonical lanes of the order")
-    window: int = Field(2048, ge=1, description="samples a lane shuffles at a time")
+    lanes: int = Field(64, ge=1, le=2**31 - 1, description="canonical lanes of the order")
+    window: int = Field(2048, ge=1, le=2**31 - 1, description="samples a lane shuffles at a time")
     augment: Literal["none", "random_resized_crop"] = "random_resized_crop"
     crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area range of the random crop, as a share of the image")
     flip: bool = Field(True, description="mirror half of the images when augmenting")
@@ -47,6 +47,11 @@ class DataConfig(Frozen):
     max_replaced_fraction: float = Field(
         0.001, ge=0, le=1, description="the run stops when more samples than this had to be replaced"
     )
+    loader_timeout_s: float = Field(300.0, gt=0, description="longest wait for a batch; then the late thread is named")
+    cache_dir: str | None = Field(
+        None, description="absolute folder on each node's own disk that keeps whole remote shards; null reads them by range"
+    )
+    cache_bytes: int = Field(64 << 30, ge=1, description="bytes of cache_dir, over all workers of a node; the oldest leave")
 
     @property
     def source(self) -> str | tuple[MixPart, ...]:
@@ -66,12 +71,6 @@ class DataConfig(Frozen):
     def is_mixing(self) -> bool:
         """Whether images are mixed in pairs."""
         return self.mixup_alpha is not None or self.cutmix_alpha is not None
-
-    loader_timeout_s: float = Field(300.0, gt=0, description="longest wait for a batch; then the late thread is named")
-    cache_dir: str | None = Field(
-        None, description="absolute folder on each node's own disk that keeps whole remote shards; null reads them by range"
-    )
-    cache_bytes: int = Field(64 << 30, ge=1, description="bytes of cache_dir, over all workers of a node; the oldest leave")
 
     @field_validator("cache_dir")
     @classmethod
