@@ -62,7 +62,7 @@ def load_weights(
 
     Position tables of another grid are interpolated (`patches.interpolate_positions`), fixed ones too. A file without any
     decoder leaves an autoencoder's decoder at its initial values and warns. Trained lambda and eta
-    (`ista_learnable: layer`) that a file does not hold stay as configured.
+    (`ista_learnable: layer`) start as configured where the file had constants, or does not say.
 
     Args:
         model: A model of the weights' shape; its image size may be another.
@@ -130,10 +130,12 @@ def _is_crate_of_all_tokens(source: WeightsFile) -> bool:
 
 
 def _may_be_absent(key: str, source: WeightsFile, *, converts: bool) -> bool:
-    """What a complete file need not hold: a decoder, if it has nothing of one; trained scalars; what a conversion adds."""
+    """What a complete file need not hold: a decoder of which it has nothing; untrained scalars; what a conversion adds."""
     if is_of_decoder(key) and not source.architecture.has_decoder:
         return True
-    return ".ista.log_" in key or (converts and key in (*_DECODER_EMBED, "decoder_pos_embed"))
+    if ".ista.log_" in key:
+        return source.config is None or source.config.ista_learnable == "none"
+    return converts and key in (*_DECODER_EMBED, "decoder_pos_embed")
 
 
 def _resize_tables(state: dict[str, Any], expected: Mapping[str, Tensor], where: str) -> tuple[str, ...]:

@@ -374,6 +374,10 @@ def test_trained_scalars_do_not_become_constants_and_constants_may_be_trained_on
     trained = save_ours(tmp_path / "trained.safetensors", build(1, ista_learnable="layer"))
     with pytest.raises(ConfigError, match=r"ista_learnable: layer in the file, none in the model$"):
         load_weights(build(2), trained, part="encoder")
+    source = build(1, ista_learnable="layer")  # in a published layout there is no place for them
+    (tmp_path / "published.safetensors").write_bytes(encode_safetensors(published_state(source, "crate").state, source.config))
+    with pytest.raises(ConfigError, match=r"missing: blocks\.0\.ista\.log_"):
+        load_weights(build(2, ista_learnable="layer"), str(tmp_path / "published.safetensors"))
     constant = save_ours(tmp_path / "constant.safetensors", build(1))
     load_weights(build(2, ista_learnable="layer"), constant)
     with pytest.raises(ConfigError, match=r"ista_lambda: 0\.5 in the file, 0\.1 in the model$"):
