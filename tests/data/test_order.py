@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_ray.config import ConfigError
+from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data.order import SampleOrder, epoch_order, global_batch, rank_slice
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
@@ -202,3 +202,9 @@ def test_a_ready_epoch_is_handed_out_while_another_is_being_sorted(monkeypatch):
             assert found.result(timeout=5) is ready
         finally:
             going_on.set()
+
+
+@pytest.mark.parametrize("key", ["data.lanes", "data.window"])
+def test_lanes_and_windows_past_32_bits_are_refused_by_name(key):
+    with pytest.raises(ConfigError, match=rf"{key}.*2147483647"):
+        RunConfig.load("digits_crate_mae", [f"{key}={2**31}"])
