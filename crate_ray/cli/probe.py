@@ -21,7 +21,7 @@ def probe(
         typer.Option(
             "--pictures",
             help="Also draw reconstructions, attention, keys and layer-wise measures of validation images into RUN/pictures, "
-            "and score emergence where the shards hold object masks.",
+            "and score emergence where the shards hold object masks. Needs no labels: without any, there are only pictures.",
         ),
     ] = False,
     layers: Annotated[
@@ -31,9 +31,26 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Judge finished runs: features by linear probe, few labels, kNN, beside the untrained encoder; classifiers by top-1."""
+    folders = _check(run_folders, pictures=pictures, layers=layers or [])
+    split: Any = "test" if test else "validation"
+    not_probed = _without_labels(folders, split) if pictures else {}
+    reports = {folder.name: _judge(folder, split) for folder in folders if folder.name not in not_probed}
+    drawn = {folder.name: _draw(folder, layers or []) for folder in folders} if pictures else {}
+    if as_json:
+        print_json({"split": split, "runs": reports, **({"not_probed": not_probed, "pictures": drawn} if pictures else {})})
+        return
+    _print_classifiers({name: report for name, report in reports.items() if _is_of_classifier(report)}, split)
+    _print_features({name: report for name, report in reports.items() if not _is_of_classifier(report)}, split)
+    for made in drawn.values():
+        for uri in made["files"]:
+            console.print(uri, soft_wrap=True)
+    console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
+
+
+def _check(run_folders: list[str], *, pictures: bool, layers: list[int]) -> "list[RunFolder]":
+    """The run folders, where nothing asked of any of them is refused."""
     from crate_ray.config import ConfigError
     from crate_ray.runs import RunFolder
-    from crate_ray.training.probe import probe_run
 
     folders = [RunFolder(uri) for uri in run_folders]
     for folder in folders:
@@ -43,25 +60,29 @@ def probe(
         from crate_ray.training.pictures import check_pictures
 
         for folder in folders:
-            check_pictures(folder, layers or ())
+            check_pictures(folder, layers)
     elif layers:
         raise ConfigError("--layer says which layers --pictures draws; give --pictures too")
-    split: Any = "test" if test else "validation"
-    reports = {}
-    for folder in folders:
-        errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
-        report = probe_run(folder, split=split)
-        reports[folder.name] = report if _is_of_classifier(report) else _with_pixels(folder, report, split)
-    drawn = {folder.name: _draw(folder, layers or []) for folder in folders} if pictures else {}
-    if as_json:
-        print_json({"split": split, "runs": reports, **({"pictures": drawn} if pictures else {})})
-        return
-    _print_classifiers({name: report for name, report in reports.items() if _is_of_classifier(report)}, split)
-    _print_features({name: report for name, report in reports.items() if not _is_of_classifier(report)}, split)
-    for made in drawn.values():
-        for uri in made["files"]:
-            console.print(uri, soft_wrap=True)
-    console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
+    return folders
+
+
+def _without_labels(folders: "list[RunFolder]", split: Any) -> dict[str, str]:
+    """Runs that have pictures but no probe, each with its reason, which is printed."""
+    from crate_ray.training.probe import without_labels
+
+    reasons = {folder.name: without_labels(folder.read_config(), split=split) for folder in folders}
+    found = {name: reason for name, reason in reasons.items() if reason is not None}
+    for name, reason in found.items():
+        errors.print(f"{name}: no probe: {reason}", soft_wrap=True, markup=False)
+    return found
+
+
+def _judge(folder: "RunFolder", split: Any) -> dict[str, Any]:
+    from crate_ray.training.probe import probe_run
+
+    errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
+    report = probe_run(folder, split=split)
+    return report if _is_of_classifier(report) else _with_pixels(folder, report, split)
 
 
 def _is_of_classifier(report: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ could change; results of different protocols do not stand in one table.
 Shapes: N training rows, Q judged rows, D features, C classes, K neighbours.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -320,6 +321,16 @@ def knn_correct(
         votes_QC = weight_QK.new_zeros(len(chunk_QD), num_classes).scatter_add_(1, train_labels_N[neighbour_QK], weight_QK)
         correct.append(votes_QC.argmax(dim=1) == labels_Q)
     return np.asarray(torch.cat(correct).cpu().numpy())
+
+
+def require_scikit_learn() -> None:
+    """Refuses at once what would fail after minutes of encoding.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("the linear probe needs scikit-learn, which is not installed; pip install scikit-learn")
 
 
 def _fit_grid(features_ND: FloatArray, labels_N: LabelArray, *, standardise: bool = True) -> "Sequence[Pipeline]":

@@ -16,7 +16,15 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import Source, load_index, load_source, with_classes
 from crate_ray.evaluation.features import Features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval, paired_gain
-from crate_ray.evaluation.probes import PROBE_PROTOCOL, FewLabelResult, Judgement, Rows, judge, raw_pixel_probe
+from crate_ray.evaluation.probes import (
+    PROBE_PROTOCOL,
+    FewLabelResult,
+    Judgement,
+    Rows,
+    judge,
+    raw_pixel_probe,
+    require_scikit_learn,
+)
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model
 from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
@@ -26,6 +34,11 @@ from crate_ray.training.objective import create_objective
 from crate_ray.training.precision import choose_device, resolve_precision
 
 Split = Literal["validation", "test"]
+_NO_BANK = (
+    "no data set of data.mix has the {} classes of data.eval, and the probe fits labelled training images; "
+    "evaluate on shards with the classes of one of them"
+)
+_KEYS: dict[Split, str] = {"validation": "eval", "test": "test"}
 
 CLASSIFY_PROTOCOL = 1
 """Of a classifier's top-1 on whole images, resized and cut centrally; changes whenever a number would."""
@@ -51,7 +64,7 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, An
         The content of probe_<split>.json; read from there when this checkpoint was judged before.
 
     Raises:
-        ConfigError: The run is not finished, or the split is missing or without labels.
+        ConfigError: The run is not finished, a split is missing or without labels, or scikit-learn is not installed.
     """
     config = folder.read_config()
     checkpoint = finished_checkpoint(folder)
@@ -63,6 +76,9 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, An
         top1 = judge_classifier(config, checkpoint, split=split)
         body = {"values": {"final/top1": top1.value}, "top1": _triple(top1)}
     else:
+        reason = without_labels(config, split=split)
+        if reason is not None:
+            raise ConfigError(f"run '{folder.name}': a probe needs labelled images, and {reason}")
         verdict = judge_encoder(config, checkpoint, split=split)
         body = {"values": final_values(verdict), **_intervals(verdict)}
     return _record(folder, {"split": split, "task": config.task, "protocol": protocol, "step": checkpoint.step, **body})
@@ -80,8 +96,37 @@ def finished_checkpoint(folder: RunFolder) -> Checkpoint:
     return checkpoint
 
 
+def without_labels(config: RunConfig, *, split: Split) -> str | None:
+    """Why the data of a run cannot be probed for want of labels, by the indexes alone; None where it can.
+
+    Raises:
+        ConfigError: A split is not set, or has no index.
+    """
+    if config.task == "classify":  # refused without labels before it trained
+        return None
+    wanted: tuple[Split, ...] = ("validation",) if split == "validation" else ("validation", split)
+    for which in wanted:
+        url = _url(config, which)
+        reason = _unlabelled(f"data.{_KEYS[which]} = '{url}'", url)
+        if reason is not None:
+            return reason
+    source = _labelled_like_validation(config)
+    if source is None:
+        return _NO_BANK.format(load_index(_url(config, "validation")).num_classes)
+    return _unlabelled(f"data.train = '{config.data.train}'" if config.data.mix is None else "data.mix", source)
+
+
+def _unlabelled(name: str, source: Source) -> str | None:
+    labels = load_source(source).labels
+    missing = int((labels < 0).sum())
+    if missing == len(labels):
+        return f"{name} has no labels"
+    return f"{name}: {missing:,} of {len(labels):,} images have no label" if missing else None
+
+
 def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
     """Judges a checkpoint and the untrained encoder of the same seed."""
+    require_scikit_learn()
     model = untrained(config)
     control = _judge(model, config, split)
     model.load_state_dict(checkpoint.read(MODEL_FILE))
@@ -110,6 +155,7 @@ def untrained(config: RunConfig) -> MaskedAutoencoder | Classifier:
 
 def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
     """Accuracy of the linear probe on pixels: what needs no model at all."""
+    require_scikit_learn()
 
     def rows(which: Literal["train"] | Split) -> Rows:
         source = _bank(config) if which == "train" else _url(config, which)
@@ -141,20 +187,21 @@ def _judge(model: MaskedAutoencoder | Classifier, config: RunConfig, split: Spli
 
 def _bank(config: RunConfig) -> Source:
     """The training images that a probe fits: of a mix, the data sets with the classes of the validation images."""
-    if config.data.mix is None:
-        return config.data.source
-    num_classes = load_index(_url(config, "validation")).num_classes
-    found = with_classes(config.data.source, num_classes)
+    found = _labelled_like_validation(config)
     if found is None:
-        raise ConfigError(
-            f"no data set of data.mix has the {num_classes} classes of data.eval, and the probe fits labelled training images; "
-            "evaluate on shards with the classes of one of them"
-        )
+        raise ConfigError(_NO_BANK.format(load_index(_url(config, "validation")).num_classes))
     return found
 
 
+def _labelled_like_validation(config: RunConfig) -> Source | None:
+    """As `_bank`; None where no data set of the mix has these classes."""
+    if config.data.mix is None:
+        return config.data.source
+    return with_classes(config.data.source, load_index(_url(config, "validation")).num_classes)
+
+
 def _url(config: RunConfig, which: Split) -> str:
-    key = {"validation": "eval", "test": "test"}[which]
+    key = _KEYS[which]
     url = getattr(config.data, key)
     if url is None:
         raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}")

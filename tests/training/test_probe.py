@@ -1,5 +1,6 @@
 """Probing a finished run: what is recorded where, and what is refused."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -56,3 +57,10 @@ def test_a_run_that_is_not_finished_is_refused(load_tiny: LoadTiny) -> None:
     _, folder = prepare_run(load_tiny(), device_type="cpu")
     with pytest.raises(ConfigError, match="is not finished; train it to its end first"):
         probe_run(folder, split="validation")
+
+
+def test_without_scikit_learn_a_probe_is_refused_in_one_line(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(load_tiny("train.steps=1"))
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="needs scikit-learn, which is not installed; pip install scikit-learn"):
+        probe_run(folder)

@@ -20,6 +20,7 @@ from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint, save_ch
 from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.pictures import Pictures, draw_pictures
 from crate_ray.training.prepare import prepare_run
+from crate_ray.training.probe import without_labels
 
 LoadTiny = Callable[..., RunConfig]
 
@@ -42,6 +43,21 @@ def train(config: RunConfig) -> RunFolder:
     run_training(config, folder, LocalContext(lease.attempt))
     lease.end("FINISHED")
     return folder
+
+
+def write_unlabelled(folder: Path, *, masks: bool) -> None:
+    """Plain images in a tar, without labels, with an empty object mask each where asked."""
+    generator = torch.Generator().manual_seed(0)
+    with tarfile.open(folder / "images-000000.tar", "w") as shard:
+        for number in range(8):
+            pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+            members = {"png": pixels, **({"mask.png": torch.zeros(1, 16, 16, dtype=torch.uint8)} if masks else {})}
+            for extension, image in members.items():
+                data = encode_png(image).numpy().tobytes()
+                header = tarfile.TarInfo(f"{number:04d}.{extension}")
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
+    build_index(str(folder))
 
 
 def names(made: Pictures) -> list[str]:
@@ -79,6 +95,7 @@ def test_a_crate_run_on_shapes_has_every_picture_and_its_emergence_in_the_record
     assert held["trivial"]["all_patches"]["jaccard"][0] == pytest.approx(shares.mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_did_not_learn_gains_nothing(load_tiny: LoadTiny) -> None:
     made = draw_pictures(train(load_tiny("train.steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0")))
     assert made.emergence is not None
@@ -88,18 +105,21 @@ def test_an_encoder_that_did_not_learn_gains_nothing(load_tiny: LoadTiny) -> Non
         assert all(measure["gain"] == [0, 0, 0] for measure in measures)
 
 
+@pytest.mark.slow
 def test_the_vit_family_has_what_is_defined_for_it(load_tiny: LoadTiny) -> None:
     made = draw_pictures(train(load_tiny(*SHALLOW, recipe="digits_mae")), layers=[1])
     assert names(made) == [name for name in OF_A_CRATE if name != "layers.png" and "layer02" not in name]
     assert made.left_out == ["layer-wise curves: none of the white-box measures is defined for the family vit"]
 
 
+@pytest.mark.slow
 def test_a_classifier_has_all_but_reconstructions(load_tiny: LoadTiny) -> None:
     made = draw_pictures(train(load_tiny("task=classify", "model.num_classes=10", *SHALLOW)))
     assert names(made) == [name for name in OF_A_CRATE if name != "reconstructions.png"]
     assert made.left_out == ["reconstructions: a classifier predicts classes and has no decoder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("masks", "reason"),
     [(False, "has no mask"), (True, "no object fills half of any patch of 4 x 4 pixels")],
@@ -108,17 +128,7 @@ def test_a_classifier_has_all_but_reconstructions(load_tiny: LoadTiny) -> None:
 def test_shards_without_objects_leave_emergence_out_with_a_reason(
     masks: bool, reason: str, load_tiny: LoadTiny, tmp_path: Path
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with tarfile.open(tmp_path / "images-000000.tar", "w") as shard:
-        for number in range(8):
-            pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
-            members = {"png": pixels, **({"mask.png": torch.zeros(1, 16, 16, dtype=torch.uint8)} if masks else {})}
-            for extension, image in members.items():
-                data = encode_png(image).numpy().tobytes()
-                header = tarfile.TarInfo(f"{number:04d}.{extension}")
-                header.size = len(data)
-                shard.addfile(header, io.BytesIO(data))
-    build_index(str(tmp_path))
+    write_unlabelled(tmp_path, masks=masks)
     folder = train(load_tiny(*SHALLOW, f"data.train={tmp_path}", f"data.eval={tmp_path}", "data.test=null"))
     made = draw_pictures(folder)
     assert names(made) == [name for name in OF_A_CRATE if "emergence" not in name]
@@ -150,6 +160,41 @@ def test_a_run_that_cannot_have_pictures_is_refused_and_gets_no_file(load_tiny: 
     assert storage.list_dir(diverged.path("pictures")) == []
 
 
+def test_a_run_on_unlabelled_shards_has_pictures_and_no_probe_beside_a_labelled_one(
+    load_tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crate_ray.cli.main import main
+
+    write_unlabelled(tmp_path, masks=False)
+    data = (f"data.train={tmp_path}", f"data.eval={tmp_path}", "data.test=null")
+    plain = train(load_tiny("train.steps=1", "name=plain", *data))
+    labelled = train(load_tiny("train.steps=1", "name=labelled"))
+
+    def probe(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["crate-ray", "probe", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0)
+
+    assert probe(plain.uri) == 2
+    reason = f"data.eval = '{tmp_path}' has no labels"
+    assert f"a probe needs labelled images, and {reason}" in capsys.readouterr().err
+
+    assert probe(plain.uri, labelled.uri, "--pictures", "--json") == 0
+    shown = capsys.readouterr()
+    assert f"{plain.name}: no probe: {reason}\n" in shown.err
+    told = json.loads(shown.out)
+    assert told["not_probed"] == {plain.name: reason}
+    assert told["runs"].keys() == {labelled.name}
+    drawn = told["pictures"]
+    assert [uri.rpartition("/")[2] for uri in drawn[plain.name]["files"]] == [
+        name for name in OF_A_CRATE if "layer02" not in name and "emergence" not in name
+    ]
+    assert drawn[labelled.name]["left_out"] == []
+    assert plain.read_json("probe_validation.json") is None
+
+
+@pytest.mark.slow
 def test_the_verb_lists_what_it_drew_and_drawing_again_changes_nothing(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,3 +226,21 @@ def test_the_verb_lists_what_it_drew_and_drawing_again_changes_nothing(
     assert json.loads(as_json.out)["pictures"] == {folder.name: {"files": paths, "left_out": []}}
     assert (again, num_after) == (pictures, num_records)
     assert storage.list_dir(folder.path("pictures")) == sorted(OF_A_CRATE)
+
+
+def test_labels_are_looked_for_in_every_split_that_a_probe_reads(load_tiny: LoadTiny, shards: Path, tmp_path: Path) -> None:
+    write_unlabelled(tmp_path, masks=False)
+    none = f"'{tmp_path}' has no labels"
+    assert without_labels(load_tiny(), split="test") is None
+    assert without_labels(load_tiny(f"data.train={tmp_path}"), split="validation") == f"data.train = {none}"
+    assert without_labels(load_tiny(f"data.test={tmp_path}"), split="test") == f"data.test = {none}"
+    assert without_labels(load_tiny(f"data.test={tmp_path}"), split="validation") is None
+    mix = [{"train": str(tmp_path), "weight": 1}]
+    mixed = load_tiny("data.train=null", f"data.mix={json.dumps(mix)}")
+    reason = without_labels(mixed, split="validation")
+    assert reason is not None
+    assert "no data set of data.mix has the 10 classes of data.eval" in reason
+    labelled = [*mix, {"train": str(shards / "train"), "weight": 1}]
+    assert without_labels(load_tiny("data.train=null", f"data.mix={json.dumps(labelled)}"), split="validation") is None
+    with pytest.raises(ConfigError, match=r"data\.test is not set"):
+        without_labels(load_tiny("data.test=null"), split="test")
