@@ -52,6 +52,7 @@ assert not MISSING & {name.split(".")[0] for name in sys.modules}
 """
 
 
+@pytest.mark.slow
 def test_it_runs_with_torch_and_little_else_and_says_who_is_left_out(tmp_path: Path) -> None:
     options = ["--device=cpu", "--models=mae_base", "--batch=2", "--rounds=2", f"--json={tmp_path / 'out.json'}", *SMALL]
     done = subprocess.run(

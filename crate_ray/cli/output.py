@@ -22,12 +22,13 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """A table; columns of numbers to the right. Not cut when the output is no terminal."""
+    """A table; columns of numbers to the right. Not cut when the output is no terminal; a number is never broken over lines."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        is_text = index == 0 or any(not _NUMBER.match(row[index]) for row in rows)
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    is_text = [index == 0 or any(not _NUMBER.match(row[index]) for row in rows) for index in range(len(header))]
+    for name, text in zip(header, is_text, strict=True):
+        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in rows:
         table.add_row(*row)
-    target = console if console.is_terminal else Console(width=200, highlight=False, emoji=False)
-    target.print(table)
+    is_wide = not console.is_terminal or not any(is_text[1:])
+    target = Console(width=max(console.width, 200), highlight=False, emoji=False) if is_wide else console
+    target.print(table, soft_wrap=False)

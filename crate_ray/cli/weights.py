@@ -195,7 +195,7 @@ def _identify(
 
     if out is not None:
         check_output_folder(out)
-    with count_progress("images") as progress:
+    with count_progress("images x settings") as progress:
         found = score(file, config, url, num_images=num_images or DEFAULT_IMAGES, **pixels, progress=progress)
     body = {
         "file": file,
@@ -237,8 +237,11 @@ def _print_findings(found: "Identification", sentence: str) -> None:
     )
     if best.relative_loss >= 1:
         console.print(
-            "No setting predicts better than the mean target: other weights, other images, or data.mean and data.std."
+            f"no usable fit: no setting predicts better than the mean target (smallest loss: {best.name}); look for other "
+            "images, or data.mean and data.std of its training",
+            soft_wrap=True,
         )
+        return
     keys = {"ista_lambda": f"{best.ista_lambda:g}", "ista_step_size": f"{best.ista_step_size:g}"}
     keys["norm_pix_loss"] = str(best.norm_pix_loss).lower()
     console.print(f"best fit: {' '.join(f'--set model.{key}={value}' for key, value in keys.items())}", soft_wrap=True)

@@ -283,7 +283,7 @@ def _draw_curves(subject: _Subject, made: Pictures) -> dict[str, bytes]:
     }
     panels[0] = replace(panels[0], levels=bounds)
     title = subject.title("layer by layer, beside the same encoder untrained")
-    note = f"means over {len(images)} whole validation images; a coding rate that falls with depth also falls untrained"
+    note = f"means over {len(images)} whole validation images; training shows in the distance from the untrained curve"
     return {"layers.png": plot_layers(panels, title=title, note=note)}
 
 

@@ -100,12 +100,14 @@ def advised(text: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_a_device_slower_than_the_loader_waits_for_less_than_two_percent_of_the_time(shards: Path) -> None:
     fraction, said = drive(str(shards / "train"), num_loaders=1, step_s=0.1)
     assert fraction < 0.02
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_slow_source_is_named_and_the_advised_number_of_loaders_is_enough(slow_source: str) -> None:
     """4 images of 30 ms and some in steps of 60 ms need at least two threads, 2.2 with headroom and more for the overhead."""
     fraction, said = drive(slow_source, num_loaders=1, step_s=0.06)
@@ -117,6 +119,7 @@ def test_a_slow_source_is_named_and_the_advised_number_of_loaders_is_enough(slow
     assert nothing == []
 
 
+@pytest.mark.slow
 def test_a_run_logs_one_line_and_records_the_wait(
     slow_source: str, load_tiny: LoadTiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
