@@ -17,28 +17,31 @@ from crate_ray.cli.output import console, print_json, print_table
 from crate_ray.cli.plan import plan
 from crate_ray.cli.progress import count_progress
 from crate_ray.config import ConfigError, DataConfig
+from crate_ray.data.findings import by_kind, counted, first_of
 
 if TYPE_CHECKING:
     from crate_ray.data import Audit, BuildSummary, IndexSummary, ShardIndex, TaskMap
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write, index, audit and inspect shards of images.")
 
-Shards = Annotated[str, typer.Argument(help="Folder of *.tar, one shard, or a pattern: 'in-{0000..0123}.tar', 'part-*.tar'.")]
+Shards = Annotated[
+    str, typer.Argument(metavar="URL", help="Folder of *.tar, one shard, or a pattern: 'in-{0000..0123}.tar', 'part-*.tar'.")
+]
 LabelField = Annotated[str | None, typer.Option(help="Field of KEY.json that holds the label; by default KEY.cls, then label.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine, one shard each at a time.")]
 Parallel = Annotated[bool, typer.Option("--parallel", help="One task a shard on the Ray cluster.")]
 
 _MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
-_SHOWN_FINDINGS = 200
 _RECIPES = {"imagenet": "imagenet_crate_mae_base"}
+_SHOWN_FIELDS = 20
 _DEFAULT_RECIPE = "digits_crate_mae"
 _DEFAULT_PLACE = ("digits", "data/digits")  # what that recipe reads without being told
 
 
 @app.command("build")
 def build(
-    source: Annotated[str, typer.Argument(help="digits, photos, shapes:N, folder:DIR or imagenet:DIR.")],
-    out: Annotated[str, typer.Argument(help="Folder or URL of the data set.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="digits, photos, shapes:N, folder:DIR or imagenet:DIR.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set.")],
     seed: Annotated[int, typer.Option(min=0, help="Decides the split, the order and what is drawn at random.")] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; shapes only.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=2, help="Number of classes; shapes only.")] = None,
@@ -113,7 +116,10 @@ def verify(
     parallel: Parallel = False,
     as_json: Json = False,
 ) -> None:
-    """Read all shards, with their index if any, and report everything that is wrong; exit code 1 when something is."""
+    """Read all shards and report everything that is wrong.
+
+    They are compared with their index where there is one. Exit code 1 when something is wrong.
+    """
     from crate_ray.data import verify_shards
 
     started = time.monotonic()
@@ -153,28 +159,38 @@ def _task_map(workers: int, parallel: bool) -> "TaskMap":
 
 
 def _print_summary(found: "IndexSummary") -> None:
-    labels = f"{found.num_labelled:,} labelled, {found.num_classes} classes" if found.num_labelled else "no labels"
-    console.print(f"{found.num_samples:,} images in {found.num_shards} shards, {labels}", soft_wrap=True)
+    classes = counted(found.num_classes, "class", "classes")
+    labels = f"{found.num_labelled:,} labelled, {classes}" if found.num_labelled else "no labels"
+    console.print(f"{counted(found.num_samples, 'image')} in {counted(found.num_shards, 'shard')}, {labels}", soft_wrap=True)
+    if found.json_fields:
+        seen = escape(
+            ", ".join(found.json_fields[:_SHOWN_FIELDS]) + (", ..." if len(found.json_fields) > _SHOWN_FIELDS else "")
+        )
+        console.print(f"labels in the member json? index again with --label-field FIELD (fields seen: {seen})", soft_wrap=True)
     if found.resumed_shards:
-        console.print(f"{found.resumed_shards} shards had been read by an interrupted indexing", soft_wrap=True)
+        were, are = ("was", "is") if found.resumed_shards == 1 else ("were", "are")
+        shards = counted(found.resumed_shards, "shard")
+        console.print(f"{shards} {were} read before and {are} not read again", soft_wrap=True)
     if found.left_out_shards or found.left_out_samples:
-        left_out = f"left out: {found.left_out_shards} shards, and {found.left_out_samples} samples of the others"
+        samples = counted(found.left_out_samples, "sample")
+        left_out = f"left out: {counted(found.left_out_shards, 'shard')}, and {samples} of the others"
         console.print(f"{left_out}; `crate-ray data verify` lists them", soft_wrap=True)
     console.print(f"digest {found.digest}", soft_wrap=True)
 
 
 def _print_audit(audit: "Audit", seconds: float) -> None:
-    shown = audit.findings[:_SHOWN_FINDINGS]
-    if shown:
-        header = ("shard", "fault", "sample", "byte", "what", "fix")
-        rows = [(f.shard, f.fault, f.key, "" if f.offset is None else str(f.offset), f.what, f.fix) for f in shown]
-        print_table(header, [[escape(cell) for cell in row] for row in rows])
-    if len(audit.findings) > len(shown):
-        console.print(f"... {len(audit.findings) - len(shown)} more; --json gives all of them")
+    for fault, found in by_kind(audit.findings).items():
+        console.print(f"[bold]{fault}[/bold], {counted(len(found), 'fault')}; {escape(found[0].fix)}", soft_wrap=True)
+        shown, more = first_of(found)
+        for finding in shown:
+            console.print(f"  {escape(finding.place)}: {escape(finding.what)}", soft_wrap=True)
+        if more:
+            console.print(f"  and {more:,} more; --json gives all of them")
     how = "every image decoded" if audit.decoded else "of images only the headers read"
     against = "compared with the index" if audit.indexed else "no index to compare with"
     console.print(
-        f"{len(audit.findings)} faults in {audit.num_samples:,} samples of {audit.num_shards} shards, {how}, {against}; "
+        f"{counted(len(audit.findings), 'fault')} in {counted(audit.num_samples, 'sample')} of "
+        f"{counted(audit.num_shards, 'shard')}, {how}, {against}; "
         f"{audit.bytes / 1e6:,.1f} MB in {seconds:.1f} s",
         soft_wrap=True,
     )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
 from crate_ray.config import ConfigError, DataConfig, ScaleConfig, TrainConfig
+from crate_ray.data.findings import counted
 
 if TYPE_CHECKING:
     from crate_ray.data.index import ShardIndex
@@ -27,7 +28,7 @@ _NO_TERMINAL_COLUMNS = 200
 _HEADER = f"{'step':<8} {'rank':>5} {'epoch':>7} {'shards':>7}  keys"
 _LEAST_FOR_KEYS = 24
 
-Url = Annotated[str, typer.Argument(help="Folder or URL of one split: shards with their index.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or URL of one split: shards with their index.")]
 WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="scale.num_workers of the run.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", min=1, help="train.global_batch: images a step, over all workers.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps to plan.")]
@@ -146,29 +147,29 @@ def _steps_as_json(report: _Report) -> list[dict[str, Any]]:
 def _print(report: _Report, settings: dict[str, int], *, start_step: int | None) -> None:
     plan, coverage = report.plan, report.coverage
     first, num_steps = start_step or 0, len(plan.cursors)
+    images, shards = counted(coverage.num_samples, "image"), counted(len(report.index.shard_names), "shard")
     console.print(
-        f"{coverage.num_samples:,} images in {len(report.index.shard_names):,} shards; seed {settings['seed']}, "
-        f"{settings['lanes']} lanes, windows of {settings['window']}",
+        f"{images} in {shards}; seed {settings['seed']}, {counted(settings['lanes'], 'lane')}, windows of {settings['window']}",
         soft_wrap=True,
     )
     console.print(
-        f"{_counted(num_steps, 'step')} of {_counted(plan.cursors.step, 'image')} on {_counted(len(plan.shares), 'rank')}, "
+        f"{counted(num_steps, 'step')} of {counted(plan.cursors.step, 'image')} on {counted(len(plan.shares), 'rank')}, "
         f"from cursor {plan.cursors.start:,} to {plan.cursors.stop:,}\n",
         soft_wrap=True,
     )
     _print_ranks(report)
     _print_steps(report, first)
     for start in report.epoch_starts[:_SHOWN_EPOCHS]:
-        after = f", after {_counted(start.rows_before, 'image')} of its batch" if start.rows_before else ""
+        after = f", after {counted(start.rows_before, 'image')} of its batch" if start.rows_before else ""
         console.print(f"epoch {start.epoch} begins in step {first + start.step}{after}", soft_wrap=True)
     if len(report.epoch_starts) > _SHOWN_EPOCHS:
         console.print(f"... and {len(report.epoch_starts) - _SHOWN_EPOCHS} more epochs begin")
-    shards = _shards_touched(report)
+    touched = _shards_touched(report)
     console.print(
-        f"{_counted(coverage.reads, 'read')} of {coverage.distinct_samples:,} different images, "
+        f"{counted(coverage.reads, 'read')} of {coverage.distinct_samples:,} different images, "
         f"{coverage.distinct_samples / coverage.num_samples:.1%} of all; "
-        f"{coverage.duplicates_within_an_epoch} read twice in one epoch; {shards['shards_touched']} of "
-        f"{_counted(shards['num_shards'], 'shard')} touched, at most {shards['most_shards_in_a_step']} in a step",
+        f"{coverage.duplicates_within_an_epoch} read twice in one epoch; {touched['shards_touched']} of "
+        f"{counted(touched['num_shards'], 'shard')} touched, at most {touched['most_shards_in_a_step']} in a step",
         soft_wrap=not console.is_terminal,
     )
 
@@ -188,7 +189,7 @@ def _print_ranks(report: _Report) -> None:
     ]
     print_table(("rank", "images", "duplicates", "of the set", "MB", "shards", "padding"), rows)
     if len(report.ranks) > _SHOWN_RANKS:
-        console.print(f"... and {_counted(len(report.ranks) - _SHOWN_RANKS, 'more rank')}; --json gives all of them")
+        console.print(f"... and {counted(len(report.ranks) - _SHOWN_RANKS, 'more rank')}; --json gives all of them")
     console.print()
 
 
@@ -227,7 +228,3 @@ def _fitting(keys: list[str], num_keys: int, room: int) -> str:
         more = f" +{num_keys - 1}" if num_keys > 1 else ""
         return keys[0][: room - len(more) - 1] + "…" + more
     return " ".join(keys[:shown]) + (f" +{num_keys - shown}" if num_keys > shown else "")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

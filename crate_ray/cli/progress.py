@@ -4,9 +4,11 @@ The driver learns of a run's progress in one way only, by following the run fold
 is recorded.
 """
 
+import logging
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -40,18 +42,33 @@ def count_progress(unit: str) -> Iterator[Count]:
             last_line = time.monotonic()
             errors.print(f"{done:,}/{total:,} {unit} {detail}".rstrip(), soft_wrap=True)
 
-    if not errors.is_terminal:
+    if not errors.is_terminal or errors.is_dumb_terminal:
         yield line
         return
     detail_column = TextColumn("{task.fields[detail]}")
     columns = (TextColumn(unit), BarColumn(bar_width=32), MofNCompleteColumn(), detail_column, TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(unit, total=None, detail="")
+    bar = Progress(*columns, console=errors, transient=True)
+    task = bar.add_task(unit, total=None, detail="")
+    with ExitStack() as shown:  # from the first count on, so that nothing is left of it when there is nothing to count
 
         def show(done: int, total: int, detail: str = "") -> None:
             bar.update(task, completed=done, total=total, detail=detail)
+            if not bar.live.is_started:
+                shown.enter_context(bar)
+                shown.enter_context(_logging_above())
 
         yield show
+
+
+@contextmanager
+def _logging_above() -> Iterator[None]:
+    """What is logged to standard error goes above the bar, which has put itself in the place of `sys.stderr`."""
+    with ExitStack() as stack:
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.__stderr__:
+                stack.callback(handler.setStream, handler.stream)
+                handler.setStream(sys.stderr)
+        yield
 
 
 class RunProgress:

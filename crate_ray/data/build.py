@@ -85,7 +85,9 @@ def make_source(source: str, *, seed: int = 0, image_size: int | None = None, nu
         from crate_ray.data.sources.photos import photos
 
         return photos(seed)
-    if kind == "shapes" and argument.isdecimal():
+    if kind == "shapes":
+        if not argument.isdecimal():
+            raise ConfigError(f"{source!r}: say how many images to draw: shapes:1000")
         from crate_ray.data.sources.shapes import shapes
 
         return shapes(int(argument), seed, image_size=image_size or 64, num_classes=num_classes)
@@ -133,6 +135,13 @@ def _write_all(tasks: list[_ShardTask], workers: int | None, progress: Callable[
             progress(done, total)
 
 
+def _flat(note: dict[str, Any]) -> dict[str, Any]:
+    """What decides a data set, with the options of its source under their own names and the long list of classes last."""
+    options: dict[str, Any] = note.get("options", {})
+    rest = {key: value for key, value in note.items() if key not in ("options", "classes")}
+    return {**rest, **options, "classes": note.get("classes")}
+
+
 def _claim(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The note of a finished identical build, or None after marking the folder as being built.
 
@@ -142,12 +151,13 @@ def _claim(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
     uri = storage.join(out, DATASET_FILE)
     if storage.exists(uri):
         note: dict[str, Any] = json.loads(storage.read_text(uri))
-        for key, value in identity.items():
-            if note.get(key) != value:
-                raise ConfigError(
-                    f"{out} holds another data set: its {key} is {note.get(key)!r}, asked for is {value!r}; "
-                    "choose another folder or delete it"
-                )
+        stated, asked = _flat(note), _flat(identity)
+        if differing := [key for key in asked if stated.get(key) != asked[key]]:
+            key = differing[0]
+            raise ConfigError(
+                f"{out} holds another data set: it was built with {key} {stated.get(key)}; asked for {asked[key]}; "
+                "choose another folder or delete it"
+            )
         return note if note["complete"] else None
     if any(storage.list_dir(storage.join(out, split)) for split in SPLITS):
         raise ConfigError(f"{out} holds files that no build of crate-ray wrote; choose an empty folder")

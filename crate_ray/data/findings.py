@@ -12,7 +12,7 @@ from typing import Any
 
 from crate_ray.config import ConfigError
 
-_SHOWN = 20
+_SHOWN = 3  # of one kind
 _MAX_FINDINGS = 10_000  # of one kind over all shards, some 4 MB; the others are counted
 
 
@@ -92,10 +92,14 @@ class Finding:
         """Every field and the fix, for `--json`."""
         return {**asdict(self), "fault": str(self.fault), "fix": self.fix}
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Shard, sample and byte."""
         sample = f", sample {self.key!r}" if self.key else ""
-        place = "" if self.offset is None else f" at byte {self.offset}"
-        return f"shard {self.shard}{sample}{place}: {self.what} ({self.fault}); {self.fix}"
+        return f"shard {self.shard}{sample}" + ("" if self.offset is None else f" at byte {self.offset}")
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what} ({self.fault}); {self.fix}"
 
 
 class FindingLog:
@@ -128,11 +132,33 @@ class FindingLog:
         return sorted(self._held, key=lambda finding: (finding.shard, finding.offset or 0)) + beyond
 
 
-class DamagedDataError(ConfigError):
-    """Shards that were refused; `findings` says why, one by one."""
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun; the plural ends in s unless it is given."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
-    def __init__(self, heading: str, findings: Iterable[Finding]) -> None:
+
+def by_kind(findings: Iterable[Finding]) -> dict[Fault, list[Finding]]:
+    """The findings of each kind, in the order in which kinds come."""
+    kinds: dict[Fault, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.fault, []).append(finding)
+    return kinds
+
+
+def first_of(findings: list[Finding]) -> tuple[list[Finding], int]:
+    """The first findings of one kind, for people, and how many more there are."""
+    shown = findings if len(findings) == _SHOWN + 1 else findings[:_SHOWN]  # one more needs no more room than saying so
+    return shown, len(findings) - len(shown)
+
+
+class DamagedDataError(ConfigError):
+    """Shards that were refused; `findings` says why, one by one, and the message, if `listed`, the first of each kind."""
+
+    def __init__(self, heading: str, findings: Iterable[Finding], *, listed: bool = True) -> None:
         self.findings = list(findings)
-        shown = [f"  {finding}" for finding in self.findings[:_SHOWN]]
-        more = len(self.findings) - len(shown)
-        super().__init__("\n".join([heading, *shown, *([f"  and {more} more; --json gives all"] if more else [])]))
+        lines = [heading]
+        for fault, found in by_kind(self.findings if listed else ()).items():
+            shown, more = first_of(found)
+            lines += [f"  {finding}" for finding in shown]
+            lines += [f"  and {more:,} more {fault}; --json gives all"] if more else []
+        super().__init__("\n".join(lines))

@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.findings import DAMAGED_SAMPLE, DAMAGED_SHARD, DamagedDataError, Fault, Finding, FindingLog
+from crate_ray.data.findings import DAMAGED_SAMPLE, DAMAGED_SHARD, DamagedDataError, Fault, Finding, FindingLog, counted
 from crate_ray.data.index import shards_digest
 from crate_ray.data.listing import Listing, list_shards
+from crate_ray.data.peek import peek
 from crate_ray.data.scan import ShardFile, ShardScan, scan_shard
 from crate_ray.data.schema import NO_LABEL, SAMPLES_FILE, SAMPLES_SCHEMA, SCHEMA_VERSION, SHARDS_FILE, SHARDS_SCHEMA
 from crate_ray.data.workers import TaskMap, map_here
@@ -55,8 +56,9 @@ class IndexSummary:
         num_labelled: Samples with a label.
         left_out_shards: Shards that are damaged and not in the index.
         left_out_samples: Samples of the indexed shards that are not in the index: without an image, or damaged.
-        resumed_shards: Shards that an earlier, interrupted indexing had read.
+        resumed_shards: Shards that an earlier indexing, interrupted or refused, had read.
         findings: What was wrong.
+        json_fields: Where no sample has a label: the fields of the first member `json`, one of which may hold it.
     """
 
     url: str
@@ -70,6 +72,7 @@ class IndexSummary:
     left_out_samples: int
     resumed_shards: int
     findings: tuple[Finding, ...]
+    json_fields: tuple[str, ...]
 
 
 @contextmanager
@@ -188,14 +191,35 @@ def _write_samples(uri: str, files: list[ShardFile], parts: _Parts, metadata: di
         storage.write_atomic(uri, path.read_bytes())
 
 
+def _refuse_archives(url: str, listing: Listing) -> None:
+    """Refuse a tar of tars, as ImageNet is published, before all of it is read; a local one, where a look costs nothing."""
+    first = listing.files[0]
+    if first.size > 0 and storage.is_local(first.uri) and peek(first).extensions == {"tar"}:
+        raise ConfigError(
+            f"{url} was not indexed: {first.name} holds archives, not images; unpack these, and if it is ImageNet "
+            "write shards with `crate-ray data build imagenet:DIR OUT` (DIR holds train/ and val/)"
+        )
+
+
+def _refuse_field(url: str, file: ShardFile, totals: _Totals, label_field: str | None) -> None:
+    """Refuse a field that no sample has in one line, rather than in one a sample."""
+    fields = peek(file).json_fields
+    if label_field is None or totals.num_labelled or not fields or label_field in fields:
+        return
+    labels = [finding for finding in totals.findings.sorted() if finding.fault == Fault.LABEL]
+    having = counted(totals.findings.counts[Fault.LABEL], "sample")
+    heading = f"{url} was not indexed: the json of {having} has no field {label_field!r} ({Fault.LABEL})"
+    raise DamagedDataError(f"{heading}; fields are {', '.join(fields)}", labels, listed=False)
+
+
 def _refuse(url: str, totals: _Totals, *, skip_damaged: bool) -> None:
     """Refuse what is damaged, unless it is to be left out; refuse an index of nothing in any case."""
     refused = DAMAGED_SHARD | DAMAGED_SAMPLE
     count = sum(totals.findings.counts[fault] for fault in refused)
     if count and not skip_damaged:
         heading = (
-            f"{url} was not indexed: {count} faults. Repair them and index again (whole shards are not read again), "
-            "or leave out what is damaged with --skip-damaged:"
+            f"{url} was not indexed: {counted(count, 'fault')}. Repair the shards and index again "
+            "(whole ones are not read again), or leave out what is damaged with --skip-damaged:"
         )
         raise DamagedDataError(heading, (finding for finding in totals.findings.sorted() if finding.fault in refused))
     if not totals.rows:
@@ -208,7 +232,7 @@ def _warn(findings: list[Finding], counts: Counter[Fault]) -> None:
     """One line for each kind of fault, with its first case."""
     for fault, count in counts.items():
         first = next(finding for finding in findings if finding.fault == fault)
-        logger.warning("%s: %d found, the first in %s", fault, count, first)
+        logger.warning("%s: %d found, the first in %s: %s; %s", fault, count, first.place, first.what, first.fix)
 
 
 def _num_classes(url: str, largest_label: int, num_classes: int | None) -> int:
@@ -263,11 +287,14 @@ def build_index(
         ConfigError: For a URL without shards, a folder that cannot be written, or labels beyond `num_classes`.
     """
     listing = list_shards(url)
+    _refuse_archives(url, listing)
     target = listing.folder if out is None else out
     parts, totals = _Parts(target, label_field), _Totals({}, FindingLog())
     for _ in _scan_all(listing.files, parts, totals, partial(scan_shard, label_field=label_field), task_map):
         if progress:
             progress(totals.done, len(listing.files), totals.num_samples)
+    if totals.findings.counts[Fault.LABEL]:
+        _refuse_field(url, listing.files[0], totals, label_field)
     _refuse(url, totals, skip_damaged=skip_damaged)
     classes = _num_classes(url, totals.largest_label, num_classes)
     stated = {"num_classes": str(classes), "label_field": label_field or ""}
@@ -291,4 +318,5 @@ def build_index(
         totals.left_out_samples,
         totals.resumed,
         tuple(findings),
+        () if totals.num_labelled else peek(listing.files[0]).json_fields,
     )

@@ -19,6 +19,7 @@ from crate_ray.storage.uris import is_web
 
 ALL_SHARDS = "*.tar"
 _WILDCARDS = "*["
+_LOOKED_INTO = 16  # names in a folder without shards, for what may be its splits
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,22 @@ def _shard_file(folder: str, name: str, info: Any) -> ShardFile:
     return ShardFile(name, uri, int(info.size), info.mtime_ns)
 
 
+def _why_nothing(url: str, pattern: str) -> str:
+    """Why no shard was found, and what to give instead."""
+    usual = (
+        "give the folder that holds them, or a pattern such as shard-{0000..0123}.tar (compressed archives are not supported)"
+    )
+    if is_web(url) or (pattern != ALL_SHARDS and (_has_wildcard(pattern) or "{" in pattern)):
+        return f"; {usual}"
+    if not storage.exists(url):
+        return f": it does not exist; {usual}"
+    inside = [name for name in storage.list_dir(url)[:_LOOKED_INTO] if storage.is_dir(storage.join(url, name))]
+    splits = [name for name in inside if _matching(storage.join(url, name), ALL_SHARDS)]
+    if splits:
+        return f": it holds the splits {', '.join(splits)}; name one of them: {storage.join(url, splits[-1])}"
+    return f"; {usual}"
+
+
 def list_shards(url: str) -> Listing:
     """Find the shards that a folder, a file or a pattern means.
 
@@ -127,8 +144,5 @@ def list_shards(url: str) -> Listing:
         found += _matching(folder, alternative)
     files = {file.name: file for file in found if file.name.endswith(".tar")}
     if not any(file.size >= 0 for file in files.values()):
-        raise ConfigError(
-            f"no *.tar shards in {url}; give the folder that holds them, or a pattern such as shard-{{0000..0123}}.tar "
-            "(compressed archives are not supported)"
-        )
+        raise ConfigError(f"no *.tar shards in {url}{_why_nothing(url, pattern)}")
     return Listing(folder, pattern, [files[name] for name in sorted(files)])

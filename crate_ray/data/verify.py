@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
-from crate_ray.data.findings import Fault, Finding, FindingLog
+from crate_ray.data.findings import DAMAGED_SHARD, Fault, Finding, FindingLog
 from crate_ray.data.headers import DEFAULT_MAX_PIXELS, check_size
 from crate_ray.data.index import ShardIndex, has_index, load_index
 from crate_ray.data.listing import list_shards
@@ -50,12 +50,13 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Task:
-    """A shard to audit, with its rows of the index if there is one."""
+    """A shard to audit, with its rows of the index if it has some; `is_new` when it lies beside an index that has none."""
 
     file: ShardFile
     indexed: pa.Table | None
     size: int
     checksum: str
+    is_new: bool = False
 
 
 def _decode(content: bytes, *, max_pixels: int) -> None:
@@ -118,8 +119,12 @@ class _Result:
 
 def _audit_shard(task: _Task, *, inspect: Inspect, label_field: str | None) -> _Result:
     found = scan_shard(task.file, label_field=label_field, inspect=inspect)
+    findings = [*found.findings, *_compare(task, found)]
+    is_damaged = any(finding.fault in DAMAGED_SHARD for finding in findings)  # then it is left out of indexes, and may be cut
+    if task.is_new and not is_damaged and found.samples.num_rows:
+        findings.append(Finding(Fault.UNINDEXED, task.file.name, "the shard is not in the index"))
     is_labelled = bool((found.samples["label"].to_numpy() != NO_LABEL).any())
-    return _Result([*found.findings, *_compare(task, found)], found.samples.num_rows, is_labelled, _unlabelled(found))
+    return _Result(findings, found.samples.num_rows, is_labelled, None if is_damaged else _unlabelled(found))
 
 
 def _file_of_row(name: str, uri: str) -> ShardFile | Finding:
@@ -153,9 +158,7 @@ def _indexed_tasks(index: ShardIndex) -> tuple[list[_Task], list[Finding]]:
             findings.append(file)
         else:
             tasks.append(_Task(file, rows, row["bytes"], row["checksum"]))
-    for file in listed.values():
-        findings.append(Finding(Fault.UNINDEXED, file.name, "the shard is not in the index"))
-        tasks.append(_Task(file, None, 0, ""))
+    tasks += [_Task(file, None, 0, "", is_new=True) for file in listed.values()]
     return tasks, findings
 
 

@@ -128,8 +128,8 @@ def test_index_refuses_damaged_shards_with_all_findings_unless_told_to_skip_them
     assert [finding["shard"] for finding in json.loads(result.out)["findings"]] == ["b.tar"]
     result = invoke("data", "index", damaged, "--skip-damaged")
     assert result.code == 0, result.err
-    assert "left out: 1 shards, and 0 samples of the others" in result.out
-    assert "2 shards had been read by an interrupted indexing" in result.out
+    assert "left out: 1 shard, and 0 samples of the others" in result.out
+    assert "2 shards were read before and are not read again" in result.out
 
 
 def test_index_into_a_folder_of_ones_own(invoke, shapes, tmp_path):
@@ -144,7 +144,7 @@ def test_index_into_a_folder_of_ones_own(invoke, shapes, tmp_path):
     [
         (["pipe:cat x.tar"], "would run a shell command"),
         (["ftp://host/a.tar"], "is not supported; valid: s3"),
-        (["/no/such/folder"], "no *.tar shards"),
+        (["/no/such/folder"], "no *.tar shards in /no/such/folder: it does not exist"),
         (["/no/such/{0..3.tar"], "the braces in"),
         (["/tmp/*/a.tar"], "stand in file names only"),
         (["/tmp", "--workers", 2, "--parallel"], "exclude each other"),

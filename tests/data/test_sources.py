@@ -118,10 +118,10 @@ def test_the_same_build_again_returns_at_once_and_another_is_refused(tmp_path):
     assert (first.reused, second.reused) == (False, True)
     assert second.digests == first.digests
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*")} == before
-    for change, key in (({"seed": 1}, "seed"), ({"image_size": 24}, "options"), ({"num_classes": 3}, "options")):
-        with pytest.raises(ConfigError, match=f"its {key} is"):
+    for change, key in (({"seed": 1}, "seed"), ({"image_size": 24}, "image_size"), ({"num_classes": 3}, "num_classes")):
+        with pytest.raises(ConfigError, match=f"it was built with {key} [0-9]+; asked for {change[key]};"):
             build_source("shapes:20", out, **{"image_size": 16, **change})
-    with pytest.raises(ConfigError, match="its source is 'shapes:20', asked for is 'shapes:30'"):
+    with pytest.raises(ConfigError, match="it was built with source shapes:20; asked for shapes:30"):
         build_source("shapes:30", out, image_size=16)
 
 
@@ -167,7 +167,7 @@ def test_an_interrupted_build_continues_and_keeps_whole_shards(tmp_path):
     (kept,) = out.rglob("*.tar")
     written = kept.stat().st_mtime_ns
     assert json.loads((out / "dataset.json").read_text())["complete"] is False
-    with pytest.raises(ConfigError, match="its seed is 0"):
+    with pytest.raises(ConfigError, match="it was built with seed 0"):
         build_source(source, str(out), seed=9)
     finished = build_source(source, str(out))
     assert finished.digests == whole.digests
@@ -261,7 +261,9 @@ def test_imagenets_validation_folders_are_read_too(tmp_path):
     ("source", "options", "message"),
     [
         ("mnist", {}, "unknown source 'mnist'; known are digits, photos, shapes:N"),
-        ("shapes:many", {}, "unknown source"),
+        ("shapes:many", {}, "say how many images to draw: shapes:1000"),
+        ("shapes", {}, "say how many images to draw: shapes:1000"),
+        ("shapes:0", {}, "shapes:0: 0 images at 64 pixels cannot be drawn"),
         ("shapes:5", {}, "10 images or more"),
         ("shapes:50", {"num_classes": 99}, "1 to 10 classes"),
         ("digits", {"image_size": 64}, "belong to shapes:N"),

@@ -132,8 +132,9 @@ def shapes(num_images: int, seed: int, *, image_size: int = 64, num_classes: int
     """
     classes = list(OUTLINES)[: num_classes if num_classes is not None else len(OUTLINES)]
     if num_images < 10 or image_size < 8 or len(classes) < 1 or len(classes) != (num_classes or len(classes)):
+        given = f"{num_images:,} images at {image_size} pixels" + ("" if num_classes is None else f" in {num_classes} classes")
         raise ConfigError(
-            f"shapes:{num_images} at {image_size} pixels in {num_classes} classes cannot be drawn; "
+            f"shapes:{num_images}: {given} cannot be drawn; "
             f"it takes 10 images or more, 8 pixels or more and 1 to {len(OUTLINES)} classes"
         )
     bounds = [0, num_images * 8 // 10, num_images * 9 // 10, num_images]
