@@ -179,11 +179,12 @@ def _print_summary(found: "IndexSummary") -> None:
 
 
 def _print_audit(audit: "Audit", seconds: float) -> None:
+    is_piped = not console.is_terminal
     for fault, found in by_kind(audit.findings).items():
-        console.print(f"[bold]{fault}[/bold], {counted(len(found), 'fault')}; {escape(found[0].fix)}", soft_wrap=True)
+        console.print(f"[bold]{fault}[/bold], {counted(len(found), 'fault')}; {escape(found[0].fix)}", soft_wrap=is_piped)
         shown, more = first_of(found)
         for finding in shown:
-            console.print(f"  {escape(finding.place)}: {escape(finding.what)}", soft_wrap=True)
+            console.print(f"  {escape(finding.place)}: {escape(finding.what)}", soft_wrap=is_piped)
         if more:
             console.print(f"  and {more:,} more; --json gives all of them")
     how = "every image decoded" if audit.decoded else "of images only the headers read"
@@ -192,7 +193,7 @@ def _print_audit(audit: "Audit", seconds: float) -> None:
         f"{counted(len(audit.findings), 'fault')} in {counted(audit.num_samples, 'sample')} of "
         f"{counted(audit.num_shards, 'shard')}, {how}, {against}; "
         f"{audit.bytes / 1e6:,.1f} MB in {seconds:.1f} s",
-        soft_wrap=True,
+        soft_wrap=is_piped,
     )
 
 

@@ -1,10 +1,14 @@
 import io
 import json
+import logging
 import shutil
+import sys
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from crate_ray.cli import progress
 from crate_ray.data import build_source, load_index
 from crate_ray.data.shards import pack_shard
 
@@ -167,3 +171,51 @@ def test_verify_without_shards_is_an_error(invoke, tmp_path):
 def test_the_next_command_for_other_pictures_is_not_the_digits_run(invoke, tmp_path):
     built = invoke("data", "build", "shapes:20", tmp_path / "shapes", "--image-size", "32")
     assert "--set recipe=shapes --set data.augment=random_resized_crop" in " ".join(built.out.split())
+
+
+def test_equal_faults_are_grouped_with_their_fix_once_and_json_has_all(invoke, tmp_path):
+    rows = [{"__key__": f"k{i:02d}", "png": PICTURE[:50], "cls": b"1"} for i in range(24)]
+    (tmp_path / "a.tar").write_bytes(pack_shard(rows))
+    lines = invoke("data", "verify", tmp_path).out.splitlines()
+    assert lines[0].startswith("bad-image, 24 faults; replace the image")
+    assert [line.split("'")[1] for line in lines[1:4]] == ["k00", "k01", "k02"]
+    assert lines[4] == "  and 21 more; --json gives all of them"
+    assert lines[5].startswith("24 faults in 24 samples of 1 shard, every image decoded")
+    assert all(line == line.rstrip() for line in lines)
+    assert len(json.loads(invoke("data", "verify", tmp_path, "--json").out)["findings"]) == 24
+
+
+def test_shards_without_labels_name_the_fields_that_may_hold_them(invoke, tmp_path):
+    rows = [{"__key__": f"k{i}", "png": PICTURE, "json": b'{"class_id": 1, "url": "u"}'} for i in range(2)]
+    (tmp_path / "a.tar").write_bytes(pack_shard(rows))
+    out = invoke("data", "index", tmp_path).out
+    assert "2 images in 1 shard, no labels" in out
+    assert "--label-field FIELD (fields seen: class_id, url)" in out
+    assert "2 labelled, 2 classes" in invoke("data", "index", tmp_path, "--label-field", "class_id").out
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal of 80 columns is sent on standard error."""
+    sink = io.StringIO()
+    monkeypatch.setattr(progress, "errors", Console(file=sink, force_terminal=True, width=80, _environ={"TERM": "xterm"}))
+    return sink
+
+
+def test_a_bar_begins_with_the_first_count(terminal):
+    with pytest.raises(ValueError, match="refused"), progress.count_progress("images"):
+        raise ValueError("refused")
+    assert terminal.getvalue() == ""
+    with progress.count_progress("images") as count:
+        count(1, 2)
+    assert "1/2" in terminal.getvalue()
+
+
+def test_a_warning_below_a_bar_has_lines_of_its_own(terminal, monkeypatch):
+    handler = logging.StreamHandler(sys.__stderr__)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    with progress.count_progress("shards") as count:
+        count(1, 2)
+        logging.getLogger("crate_ray.data").warning("a fault was found")
+    assert handler.stream is sys.__stderr__
+    assert "a fault was found\n" in terminal.getvalue()

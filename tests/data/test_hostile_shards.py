@@ -116,6 +116,15 @@ def test_samples_that_went_and_came_after_indexing_are_named(folder):
     assert {(Fault.LOST, "b5"), (Fault.UNINDEXED, "new")} <= found
 
 
+def test_a_damaged_shard_that_was_left_out_is_reported_by_its_damage_alone(folder):
+    unlabelled = pack_shard([{name: value for name, value in row.items() if name != "cls"} for row in samples("b")])
+    (folder / "bad.tar").write_bytes(unlabelled[: len(unlabelled) // 2])
+    build_index(str(folder), skip_damaged=True)
+    assert [finding.fault for finding in verify_shards(str(folder)).findings] == [Fault.TRUNCATED]
+    (folder / "bad.tar").write_bytes(SOUND)
+    assert [finding.fault for finding in verify_shards(str(folder)).findings] == [Fault.UNINDEXED]
+
+
 PICKLE = b"cos\nsystem\n(S'touch %s'\ntR."
 
 

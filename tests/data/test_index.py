@@ -393,3 +393,42 @@ def test_a_task_of_the_cluster_whose_process_dies_is_one_message(monkeypatch):
     monkeypatch.setattr(indexing.ray, "get", died)
     with pytest.raises(ConfigError, match=r"process died each time .*; give the same command again"):
         indexing._result(None)
+
+
+def test_a_folder_of_splits_names_them_and_a_missing_one_is_said_to_be_missing(tmp_path, shapes_folder):
+    with pytest.raises(ConfigError, match=r"holds the splits test, train, validation; name one of them: .*/validation$"):
+        build_index(str(shapes_folder))
+    for url in ("nowhere", "nowhere/a.tar"):
+        with pytest.raises(ConfigError, match=f"{url}: it does not exist; give the folder"):
+            build_index(str(tmp_path / url))
+
+
+def test_a_tar_of_tars_is_refused_with_the_way_to_build_from_it(tmp_path):
+    inner = pack_shard([{"__key__": "n01_1", "jpg": b"1"}])
+    url = write(tmp_path, [{"__key__": f"n{i}", "tar": inner} for i in range(3)])
+    with pytest.raises(ConfigError, match=r"a\.tar holds archives, not images; unpack these.*imagenet:DIR OUT"):
+        build_index(url)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_field_that_no_sample_has_is_one_line_and_shards_without_labels_name_their_fields(tmp_path):
+    about = b'{"url": "u", "class_id": 1}'
+    url = write(tmp_path, [{"__key__": f"k{i}", "jpg": b"1", "json": about} for i in range(16)])
+    assert build_index(url).json_fields == ("class_id", "url")
+    assert build_index(url, label_field="class_id").json_fields == ()
+    with pytest.raises(DamagedDataError) as refusal:
+        build_index(url, label_field="nosuch")
+    assert str(refusal.value).endswith("the json of 16 samples has no field 'nosuch' (bad-label); fields are class_id, url")
+    assert len(refusal.value.findings) == 16
+
+
+def test_a_refusal_shows_the_first_findings_of_each_kind(tmp_path):
+    url = write(tmp_path, [{"__key__": f"k{i:02d}", "jpg": b"1", "cls": b"dog"} for i in range(16)])
+    write(tmp_path, [], "b.tar")
+    (tmp_path / "b.tar").write_bytes(b"")
+    with pytest.raises(DamagedDataError, match="17 faults") as refusal:
+        build_index(url)
+    _, *labels, more, empty = str(refusal.value).splitlines()
+    assert [line.split("'")[1] for line in labels] == ["k00", "k01", "k02"]
+    assert more == "  and 13 more bad-label; --json gives all"
+    assert empty.startswith("  shard b.tar at byte 0")
