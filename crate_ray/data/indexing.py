@@ -318,5 +318,5 @@ def build_index(
         totals.left_out_samples,
         totals.resumed,
         tuple(findings),
-        () if totals.num_labelled else peek(listing.files[0]).json_fields,
+        () if totals.num_labelled else peek(next(file for file in listing.files if file.name in totals.rows)).json_fields,
     )
