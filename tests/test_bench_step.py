@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from missing_packages import without
 
 from benchmarks import bench_step, peers
 from benchmarks.roofline import matmuls, training_roofline
@@ -27,22 +28,10 @@ TINY: dict[str, Any] = {
 }
 SMALL = [f"--set={key}={value}" for key, value in TINY.items()]
 
-BARE = """
+BARE = (
+    without("ray", "mlflow", "timm", "transformers", "webdataset", "sklearn", "scipy", "matplotlib", "typer", "rich", "psutil")
+    + """
 import sys
-
-MISSING = {"ray", "mlflow", "timm", "transformers", "webdataset", "sklearn", "scipy", "matplotlib", "typer", "rich", "psutil"}
-
-class Without:  # a finder that has never heard of the missing packages
-    def __init__(self, finder):
-        self._finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self._finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in MISSING else self._finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
 import torch
 torch.set_num_threads(1)
@@ -50,6 +39,7 @@ from benchmarks import bench_step
 bench_step.main(sys.argv[1:])
 assert not MISSING & {name.split(".")[0] for name in sys.modules}
 """
+)
 
 
 @pytest.mark.slow

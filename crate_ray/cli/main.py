@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 import typer
 from rich.markup import escape
@@ -76,24 +77,23 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
-    except ConfigError as error:
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(EXIT_REFUSED)
-    except StorageError as error:
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(EXIT_REFUSED)
+    except (ConfigError, StorageError) as error:
+        _end_with(error, EXIT_REFUSED)
     except LeaseLostError as error:
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _end_with(error, 1)
     except TimeoutError as error:
         if not type(error).__module__.startswith("crate_ray."):
             raise
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _end_with(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        errors.print(f"[bold red]error:[/bold red] {escape(_TORCH_PAIR)}", soft_wrap=True)
-        sys.exit(EXIT_REFUSED)
+        _end_with(_TORCH_PAIR, EXIT_REFUSED)
+
+
+def _end_with(error: Exception | str, code: int) -> NoReturn:
+    """One message on standard error, and the exit code."""
+    errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    sys.exit(code)

@@ -240,7 +240,28 @@ class ReplacedSamples:
             )
 
 
-class Reader:
+class Position:
+    """Where a reader stands in the order; whoever decodes, it is told alike."""
+
+    def __init__(self, order: orders.Order, *, cursor: int, replaced: ReplacedSamples) -> None:
+        self._order, self._cursor, self._replaced = order, cursor, replaced
+
+    @property
+    def replaced_samples(self) -> int:
+        """Samples handed out so far by this reader that stand in for unreadable ones."""
+        return self._replaced.count
+
+    @property
+    def epochs(self) -> tuple[float, ...]:
+        """Passes over each data set so far, by all ranks."""
+        return self._order.progress(self._cursor)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last batch handed out: all that a resumed run needs, with any number of ranks."""
+        return {"cursor": self._cursor}
+
+
+class Reader(Position):
     """An endless iterator over one rank's batches; made by `open_reader`."""
 
     def __init__(
@@ -257,9 +278,9 @@ class Reader:
         max_replaced_fraction: float,
         loader_timeout_s: float,
     ) -> None:
-        self._order, self._batch_size = order, batch_size
+        super().__init__(order, cursor=cursor, replaced=ReplacedSamples(max_replaced_fraction, loader.index.url))
+        self._batch_size = batch_size
         self._slice = orders.rank_slice(rank, world_size, batch_size)
-        self._replaced = ReplacedSamples(max_replaced_fraction, loader.index.url)
         horizon = min(order.window * order.lanes, order.num_samples) // batch_size + 1  # one window of every lane
         self._ahead = _ReadAhead(
             loader, num_loaders=num_loaders, prefetch=prefetch, horizon=horizon, timeout_s=loader_timeout_s
@@ -292,20 +313,6 @@ class Reader:
         self._cursor += self._batch_size
         self._replaced.add(replaced, delivered=self._slice.stop - self._slice.start)
         return batch
-
-    @property
-    def replaced_samples(self) -> int:
-        """Samples handed out so far by this reader that stand in for unreadable ones."""
-        return self._replaced.count
-
-    @property
-    def epochs(self) -> tuple[float, ...]:
-        """Passes over each data set so far, by all ranks."""
-        return self._order.progress(self._cursor)
-
-    def state_dict(self) -> dict[str, int]:
-        """The position after the last batch handed out: all that a resumed run needs, with any number of ranks."""
-        return {"cursor": self._cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position; batches that were read ahead are thrown away."""

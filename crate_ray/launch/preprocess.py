@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from crate_ray.data import Batch, LoaderTimeoutError, ReplacedSamples, Source, load_ordered, open_reader, rank_slice
 from crate_ray.data.loaders import LoaderThreads
+from crate_ray.data.reader import Position
 
 _STREAM_BATCHES = 1024  # of one execution of Ray Data, which plans all of its tasks before the first
 _HANDOVER_BATCHES = 32  # left of a stream when the next one starts, so that its actors are there in time
@@ -53,7 +54,7 @@ def _unpack(row: Row) -> Batch:
     return Batch(**{"noise_BN": None, **made, "cursor_after": int(made["cursor_after"])})
 
 
-class StreamedReader:
+class StreamedReader(Position):
     """An endless iterator over one rank's batches, decoded by actors; made by `open_streamed_reader`."""
 
     def __init__(
@@ -66,13 +67,12 @@ class StreamedReader:
         max_replaced_fraction: float,
         timeout_s: float,
     ) -> None:
-        index, self._order = load_ordered(source, **{name: options[name] for name in ("seed", "lanes", "window")})
+        index, order = load_ordered(source, **{name: options[name] for name in ("seed", "lanes", "window")})
+        super().__init__(order, cursor=cursor, replaced=ReplacedSamples(max_replaced_fraction, index.url))
         share = rank_slice(options["rank"], options["world_size"], options["global_batch"])
         self._arguments, self._num_actors, self._timeout_s = (source, options), num_actors, timeout_s
         self._step, self._rows_a_batch = options["global_batch"], share.stop - share.start
         self._batch_bytes = share.padded * (3 * options["image_size"] ** 2 + 4 * options.get("noise_size", 0))
-        self._replaced = ReplacedSamples(max_replaced_fraction, index.url)
-        self._cursor = cursor
         # Ray Data waits for free CPUs without end: in a thread of its own that becomes an error of this one.
         self._threads = LoaderThreads(2)
         self._rows = self._all_rows(cursor)
@@ -133,20 +133,6 @@ class StreamedReader:
         self._cursor = batch.cursor_after
         self._replaced.add(int(row["replaced"][0]), delivered=self._rows_a_batch)
         return batch
-
-    @property
-    def replaced_samples(self) -> int:
-        """Samples handed out so far that stand in for unreadable ones."""
-        return self._replaced.count
-
-    @property
-    def epochs(self) -> tuple[float, ...]:
-        """Passes over each data set so far, by all ranks."""
-        return self._order.progress(self._cursor)
-
-    def state_dict(self) -> dict[str, int]:
-        """The position after the last batch handed out: all that a resumed run needs, streamed or not."""
-        return {"cursor": self._cursor}
 
     def close(self) -> None:
         """End the stream and its actors, and the stream that follows it; one that is busy ends after its next row."""

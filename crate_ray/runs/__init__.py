@@ -10,6 +10,7 @@ from crate_ray.runs.records import (
     RecordWriter,
     decode_number,
     encode_number,
+    later_records,
     merge_records,
     read_records,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "find_run",
     "git_state",
     "is_finished",
+    "later_records",
     "list_runs",
     "merge_records",
     "open_run",

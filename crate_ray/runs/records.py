@@ -10,12 +10,14 @@ The trade-off: a reader parses text, and in return any tool can read a run while
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from crate_ray import storage
 from crate_ray.runs.folder import RunFolder
+from crate_ray.runs.status import read_status
 
 SEGMENT_SECONDS = 10.0
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -100,6 +102,17 @@ class RecordWriter:
         self.flush()
         if self._folder.is_local:
             self._file.close()
+
+
+@contextmanager
+def later_records(folder: RunFolder) -> Iterator[RecordWriter]:
+    """A writer for what is measured after a run has ended, under its last attempt."""
+    status = read_status(folder)
+    writer = RecordWriter(folder, status.attempt if status else 1)
+    try:
+        yield writer
+    finally:
+        writer.close()
 
 
 def _end_last_line(file: Any) -> None:

@@ -17,7 +17,7 @@ from crate_ray.evaluation.attention import LayerView
 from crate_ray.evaluation.emergence import EMERGENCE_PROTOCOL, Scores, object_patches, score_layer, trivial_scores
 from crate_ray.evaluation.figures import BLUE, VERMILION, Curve, Panel
 from crate_ray.evaluation.intervals import Interval, mean_interval
-from crate_ray.runs import RecordWriter, RunFolder, read_records, read_status
+from crate_ray.runs import RunFolder, later_records, read_records
 
 RECORDED = ("attention_jaccard", "attention_mean_jaccard", "foreground_jaccard")
 """Measures that become records, each with its gain over the untrained encoder; emergence.json holds all of them."""
@@ -134,9 +134,5 @@ def record_emergence(folder: RunFolder, summary: dict[str, Any]) -> None:
     held = next((record.values for record in read_records(folder) if record.step == summary["step"]), {})
     if all(held.get(key) == value for key, value in values.items()):
         return
-    status = read_status(folder)
-    writer = RecordWriter(folder, status.attempt if status else 1)
-    try:
+    with later_records(folder) as writer:
         writer.write(summary["step"], values)
-    finally:
-        writer.close()

@@ -26,7 +26,7 @@ from crate_ray.evaluation.probes import (
     require_scikit_learn,
 )
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model
-from crate_ray.runs import RecordWriter, RunFolder, is_finished, read_status
+from crate_ray.runs import RunFolder, is_finished, later_records
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
 from crate_ray.training.evaluate import encode_images, measure_images, read_images
 from crate_ray.training.loop import write_final
@@ -229,12 +229,8 @@ def final_values(verdict: Verdict) -> dict[str, float]:
 def _record(folder: RunFolder, body: dict[str, Any]) -> dict[str, Any]:
     split = body["split"]
     if split == "test" or folder.read_json("probe_test.json") is None:
-        status = read_status(folder)
-        writer = RecordWriter(folder, status.attempt if status else 1)
-        try:
+        with later_records(folder) as writer:
             write_final(folder, writer, body["step"], body["values"])
-        finally:
-            writer.close()
     folder.write_json(f"probe_{split}.json", body)
     return body
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import train
 from test_workers import run_processes
 from torch.nn import functional
 from torchvision.io import encode_png
@@ -17,7 +18,7 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import build_index, read_all
 from crate_ray.models import Classifier, create_model
 from crate_ray.models.cost import count_parameters
-from crate_ray.runs import Lease, RunFolder, read_records
+from crate_ray.runs import RunFolder, read_records
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.loop import LocalContext, LoopResult, run_training
@@ -56,14 +57,6 @@ def state(folder: RunFolder) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
     return {**checkpoint.read(MODEL_FILE), **checkpoint.read(OPTIMIZER_FILE)}
-
-
-def train(config: RunConfig) -> RunFolder:
-    config, folder = prepare_run(config, device_type="cpu")
-    lease = Lease.take(folder)
-    run_training(config, folder, LocalContext(lease.attempt))
-    lease.end("FINISHED")
-    return folder
 
 
 @KINDS

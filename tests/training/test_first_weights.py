@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from finished_runs import train
 
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.models import create_model
 from crate_ray.models.layouts import to_published
 from crate_ray.models.weight_files import encode_safetensors, read_weights
-from crate_ray.runs import Lease, RunFolder
+from crate_ray.runs import RunFolder
 from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 from crate_ray.training.first_weights import load_first_weights, pin_weights
 from crate_ray.training.loop import LocalContext, run_training
@@ -21,14 +22,6 @@ from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 LoadTiny = Callable[..., RunConfig]
 CRATE = ("task=classify", "model.num_classes=10", "model.embedding=linear")
 VIT = ("task=classify", "model.num_classes=10")
-
-
-def train(config: RunConfig) -> RunFolder:
-    config, folder = prepare_run(config, device_type="cpu")
-    lease = Lease.take(folder)
-    run_training(config, folder, LocalContext(lease.attempt))
-    lease.end("FINISHED")
-    return folder
 
 
 def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:

@@ -4,22 +4,13 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from finished_runs import train
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.runs import Lease, RunFolder
-from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.prepare import prepare_run
 from crate_ray.training.probe import probe_run
 
 LoadTiny = Callable[..., RunConfig]
-
-
-def train(config: RunConfig) -> RunFolder:
-    config, folder = prepare_run(config, device_type="cpu")
-    lease = Lease.take(folder)
-    run_training(config, folder, LocalContext(lease.attempt))
-    lease.end("FINISHED")
-    return folder
 
 
 def test_a_verdict_on_validation_never_replaces_one_on_test(load_tiny: LoadTiny) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finished_runs import train
 from torchvision.io import encode_png
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import build_index, load_index, read_masks
-from crate_ray.runs import Lease, RunFolder, read_records
+from crate_ray.runs import read_records
 from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint, save_checkpoint
-from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.pictures import Pictures, draw_pictures
 from crate_ray.training.prepare import prepare_run
 from crate_ray.training.probe import without_labels
@@ -35,14 +35,6 @@ OF_A_CRATE = [
     "emergence.json",
 ]
 SHALLOW = ("model.encoder_depth=2", "model.decoder_depth=2", "train.steps=2")
-
-
-def train(config: RunConfig) -> RunFolder:
-    config, folder = prepare_run(config, device_type="cpu")
-    lease = Lease.take(folder)
-    run_training(config, folder, LocalContext(lease.attempt))
-    lease.end("FINISHED")
-    return folder
 
 
 def write_unlabelled(folder: Path, *, masks: bool) -> None:
