@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "models": "config storage",
     "evaluation": "config models",
     "training": "config storage runs data models evaluation",
-    "launch": "config storage runs data models evaluation training",
+    "space": "config models",
+    "launch": "config storage runs data models evaluation training space",
     "tracking": "config storage runs",
     "analysis": "config storage runs",
-    "cli": "config storage runs data models evaluation training launch tracking analysis",
+    "cli": "config storage runs data models evaluation training space launch tracking analysis",
     "__main__": "cli",
 }
 
@@ -43,8 +44,8 @@ ONLY_IN = {
     "torch": "data models evaluation training launch cli",
 }
 
-BEFORE_LAUNCH = ["config", "storage", "recipes", "runs", "data", "models", "evaluation", "training"]
-HEAVY = ["ray", "mlflow", "sklearn", "scipy", "matplotlib", "webdataset"]
+BEFORE_LAUNCH = ["config", "storage", "recipes", "runs", "data", "models", "evaluation", "training", "space"]
+HEAVY = ["ray", "mlflow", "optuna", "sklearn", "scipy", "matplotlib", "webdataset"]
 
 
 def module_name(path: Path) -> str:

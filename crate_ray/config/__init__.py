@@ -17,14 +17,18 @@ from crate_ray.config.run import (
     TrackingConfig,
     TrainConfig,
 )
+from crate_ray.config.sweep import LARGER_IS_BETTER, LIVE_OBJECTIVES, Domain, SweepConfig
 
 __all__ = [
+    "LARGER_IS_BETTER",
+    "LIVE_OBJECTIVES",
     "MAX_PERIOD",
     "PRESETS",
     "SCHEMA_VERSION",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "Domain",
     "EvalConfig",
     "Frozen",
     "MixPart",
@@ -34,6 +38,7 @@ __all__ = [
     "ScaleConfig",
     "ScheduleConfig",
     "StorageConfig",
+    "SweepConfig",
     "TrackingConfig",
     "TrainConfig",
     "apply_override",

@@ -48,7 +48,20 @@ class ModelConfig(Frozen):
     pool: Literal["cls", "mean"] | None = Field(
         None, description="what a classifier's head reads: class token or mean of the patches"
     )
-    parametrization: Literal["standard"] = "standard"
+    attention: Literal["tied", "untied"] | None = Field(
+        None, description="of the encoder: queries, keys and values one projection or three; default: as the family has it"
+    )
+    feedforward: Literal["ista", "mlp"] | None = Field(
+        None, description="of the encoder's second half-layer; default: as the family has it"
+    )
+    mlp_ratio: float | None = Field(None, gt=0, description="hidden width of an encoder's perceptron over its width; default 4")
+    share_layers: Literal[True] | None = Field(
+        None, description="all encoder layers are one layer, applied encoder_depth times"
+    )
+    parametrization: Literal["standard", "mup"] = "standard"
+    mup_base_width: int | None = Field(
+        None, ge=1, description="of mup: the width whose rates and initialisation are the published ones"
+    )
 
     @model_validator(mode="before")
     @classmethod

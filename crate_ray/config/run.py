@@ -128,11 +128,14 @@ class OptimizerConfig(Frozen):
 
 
 class ScheduleConfig(Frozen):
-    """Linear warm-up from 0, then a half cosine to `final_lr_fraction` of the peak."""
+    """Linear warm-up from 0, then a half cosine to `final_lr_fraction` of the peak, or a constant with a linear cooldown."""
 
     warmup_steps: int | None = Field(None, ge=0)
     warmup_epochs: float | None = Field(None, ge=0)
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    cooldown_fraction: float | None = Field(
+        None, gt=0, le=1, description="the peak is held, and this last share of the steps falls linearly; null: a half cosine"
+    )
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -190,6 +193,9 @@ class EvalConfig(Frozen):
     )
     whitebox_images: int = Field(16, ge=1, le=256, description="validation images of that batch, spread over all")
     log_every_steps: int = Field(10, ge=1)
+    mask_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
+        None, min_length=1, description="pretrain: the final validation loss also at each of these mask ratios"
+    )
 
 
 class CheckpointConfig(Frozen):

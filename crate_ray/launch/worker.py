@@ -6,7 +6,7 @@ else goes to the run folder. Checkpoints are ours: Ray is only told that one exi
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -77,6 +77,9 @@ class RayContext:
         ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
 
     def heartbeat(self, step: int) -> None:
+        """See WorkerContext."""
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """See WorkerContext."""
 
     def close(self) -> None:

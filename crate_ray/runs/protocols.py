@@ -27,6 +27,10 @@ class WorkerContext(Protocol):
         """Called on every rank after each step; must return at once."""
         ...
 
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Called on every rank after each evaluation with what was measured; the loop goes on when it returns."""
+        ...
+
 
 class MetricSink(Protocol):
     """Where numbers go: the record writer of rank 0, or nothing on the other ranks."""

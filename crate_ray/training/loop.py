@@ -78,6 +78,9 @@ class LocalContext:
     def heartbeat(self, step: int) -> None:
         """See WorkerContext."""
 
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """See WorkerContext."""
+
 
 def run_training(
     config: RunConfig,
@@ -211,10 +214,12 @@ class Trainer:
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
                 self._log(lr)
-            if not self.is_stopping or self.step == self.total:
-                self._evaluate()
+            evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
             if self.is_saving or self._is_due(self.config.checkpoint.every_steps, at_end=False):
                 self._save()
+            if evaluated:
+                self.context.evaluated(self.step, evaluated)
+                self.throughput.resume()
         self._save()
         if self.step < self.total:
             return LoopResult("KILLED", self.step)
@@ -277,11 +282,11 @@ class Trainer:
         }
         self.sink.write(self.step, values)
 
-    def _evaluate(self) -> None:
-        """What the task measures on validation, and kNN, where they are due; both at the end."""
+    def _evaluate(self) -> dict[str, float]:
+        """What the task measures on validation, and kNN, where they are due; both at the end. Returns these, with the rate."""
         if self.evaluator is None:
-            return
-        values = self._measure_whitebox()
+            return {}
+        values: dict[str, float] = {}
         if self._is_due(self.config.eval.every_steps):
             self._eval_values = self.evaluator.metrics(self.model)
             values.update(self._eval_values)
@@ -289,7 +294,10 @@ class Trainer:
             top1 = self.evaluator.knn(self.model)
             if top1 is not None:
                 values["eval/knn_top1"] = top1
-        self._record(values)
+        self._record(values | self._measure_whitebox())
+        if values and self.throughput.images_per_s is not None:
+            values["perf/images_per_s"] = self.throughput.images_per_s
+        return values
 
     def _epochs(self) -> dict[str, float]:
         """Passes over the data; of a mix, over the samples of all its data sets together and over each."""

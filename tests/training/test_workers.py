@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class GlooContext:
 
     def heartbeat(self, step: int) -> None:
         self.step = step
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
 def work(rank: int, world_size: int, config: dict[str, Any], out: str) -> None:
