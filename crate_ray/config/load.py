@@ -53,12 +53,22 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
 
 def load_run(recipe_or_path: str, overrides: Iterable[str] = ()) -> RunConfig:
     """See `RunConfig.load`."""
-    text, name = _find(recipe_or_path)
-    values = read_yaml(text, where=f"recipe {recipe_or_path}")
-    values.setdefault("recipe", name)
+    values = read_recipe(recipe_or_path)
     for item in overrides:
         apply_override(values, item)
     return RunConfig.parse(values, where=f"recipe {recipe_or_path}")
+
+
+def read_recipe(recipe_or_path: str) -> dict[str, Any]:
+    """What a recipe says, before defaults fill it up: nested mappings, with `recipe`, its name.
+
+    Raises:
+        ConfigError: No such recipe, or no YAML mapping.
+    """
+    text, name = _find(recipe_or_path)
+    values = read_yaml(text, where=f"recipe {recipe_or_path}")
+    values.setdefault("recipe", name)
+    return values
 
 
 def load_model(name: str, overrides: Iterable[str] = ()) -> ModelConfig:
@@ -114,22 +124,40 @@ def apply_override(values: dict[str, Any], item: str) -> None:
     Raises:
         ConfigError: Not of that form, or the value is no YAML.
     """
+    set_key(values, *parse_override(item))
+
+
+def parse_override(item: str) -> tuple[str, Any]:
+    """Splits `a.b=value` into its dotted key and its value, read as YAML.
+
+    Raises:
+        ConfigError: Not of that form, or the value is no YAML.
+    """
     key, separator, text = item.partition("=")
     if not separator or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"--set {item}: expected key=value with a dotted key, such as train.steps=600")
+    try:
+        return key, yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item}: the value is not valid YAML; quote it") from None
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key of nested mappings, in place, as an override does: a preset replaces the model, `steps` the `epochs`.
+
+    Raises:
+        ConfigError: A part of the key holds a value already, and no section.
+    """
     *path, last = key.split(".")
     current = values
     for part in path:
         nested = current.setdefault(part, {})
         if not isinstance(nested, dict):
-            raise ConfigError(f"--set {item}: '{part}' holds a value, not a section with keys of its own")
+            raise ConfigError(f"--set {key}={value}: '{part}' holds a value, not a section with keys of its own")
         current = nested
     if key == "model.preset":
         current.clear()  # a preset is a whole model; keys set after it adjust it
-    try:
-        current[last] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {item}: the value is not valid YAML; quote it") from None
+    current[last] = value
     _retire_alternative(current, last)
 
 
