@@ -4,16 +4,17 @@ In: a sweep file with overrides. Out: a SweepConfig whose every key is checked. 
 `space`'s business; this file only says what they mean.
 """
 
-from typing import Annotated, Any, Literal, Self, get_args
+import re
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from crate_ray.config.base import Frozen
+from crate_ray.config.base import ConfigError, Frozen, nearest
+from crate_ray.config.domain import SAME_FLOPS_KEY, Domain, check_run_keys, dependence_order, is_whole
 from crate_ray.config.run import NAME_PATTERN
 
 ObjectiveName = Literal["eval_loss", "knn_top1", "probe_top1", "params_m", "encoder_params_m", "gflops", "images_per_s"]
 Quantity = Literal["params_m", "encoder_params_m", "gflops", "encode_gflops", "train_pflops"]
-Amount = Annotated[float, Field(gt=0)]
 LARGER_IS_BETTER: dict[str, bool] = {
     "eval_loss": False,
     "knn_top1": True,
@@ -23,64 +24,9 @@ LARGER_IS_BETTER: dict[str, bool] = {
     "gflops": False,
     "images_per_s": True,
 }
+ARM_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 LIVE_OBJECTIVES = ("eval_loss", "knn_top1", "images_per_s")
 """What a trial reports while it trains; the others are known before it or only at its end."""
-
-
-class Domain(Frozen):
-    """The values that one key takes: exactly one of the seven kinds."""
-
-    grid: tuple[Any, ...] | None = Field(None, min_length=1, description="every one of these values")
-    choice: tuple[Any, ...] | None = Field(None, min_length=1, description="one of these values, drawn by the search")
-    uniform: tuple[float, float] | None = Field(None, description="[lowest, highest]")
-    loguniform: tuple[Amount, Amount] | None = Field(None, description="[lowest, highest], uniform in the logarithm")
-    quantized: tuple[float, float, Amount] | None = Field(
-        None, description="[lowest, highest, step]; whole where all three are"
-    )
-    num: int | None = Field(None, ge=2, description="of uniform and loguniform in a grid search: so many values, evenly spaced")
-    of: str | None = Field(None, description="another key of the space: this one depends on it")
-    times: float | None = Field(None, gt=0, description="with `of`: its value times this")
-    map: dict[Any, Any] | None = Field(None, min_length=1, description="with `of`: this one's value for each of its values")
-    same_flops_as: dict[str, Any] | None = Field(
-        None,
-        min_length=1,
-        description="of train.steps: as many as cost the training FLOPs of the point with these keys instead",
-    )
-
-    @property
-    def kind(self) -> str:
-        """Which of the kinds it is."""
-        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(_KINDS)}; found {', '.join(given) or 'none'}")
-        if self.of is None and (self.times is not None or self.map is not None):
-            raise ValueError("times and map say how a key depends on another one: give that key as `of`")
-        if self.times is not None and self.map is not None:
-            raise ValueError("give times or map, not both")
-        if self.num is not None and given[0] not in ("uniform", "loguniform"):
-            raise ValueError(f"num counts the values of uniform and loguniform; {given[0]} has its own")
-        return self
-
-    @field_validator("grid", "choice")
-    @classmethod
-    def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if value is not None and len({repr(v) for v in value}) < len(value):
-            raise ValueError("a value stands there twice; list each once")
-        return value
-
-    @field_validator("uniform", "loguniform", "quantized")
-    @classmethod
-    def _not_empty(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and not value[0] < value[1]:
-            raise ValueError(f"the range is empty: give [lowest, highest] with lowest < highest, not {list(value[:2])}")
-        return value
-
-
-_KINDS = ("grid", "choice", "uniform", "loguniform", "quantized", "of", "same_flops_as")
 
 
 class Arm(Frozen):
@@ -150,6 +96,16 @@ class BudgetConfig(Frozen):
     hours: float | None = Field(None, gt=0, description="of wall time")
     usd: float | None = Field(None, gt=0, description="at the prices of cluster/prices.yaml")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _buys_something(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(
+                "a budget that small starts no trial; give more than 0, or leave the key out for no limit (--dry-run shows "
+                "what a sweep would cost)"
+            )
+        return value
+
 
 class TrialResources(Frozen):
     """What one trial takes of the cluster."""
@@ -196,6 +152,109 @@ class SweepConfig(Frozen):
         """One objective may stand without a list."""
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("arms")
+    @classmethod
+    def _folders(cls, value: dict[str, Arm]) -> dict[str, Arm]:
+        """An arm's name begins the names of its trials' folders."""
+        for name in value:
+            if not re.fullmatch(ARM_PATTERN, name):
+                raise ValueError(f"an arm's name becomes part of a folder's: letters, digits, '_' and '-', not '{name}'")
+        return value
+
+    def domains_of(self, arm: str) -> dict[str, Domain]:
+        """Everything that varies in an arm: the sweep's space with the arm's own keys, what its solver chooses, and `tune`."""
+        own = self.arms[arm].space if arm in self.arms else {}
+        solved = self.match.over if self.match is not None and arm != self.match.to else {}
+        return {**self.space, **own, **solved, **self.tune}
+
+    def set_of(self, arm: str) -> dict[str, Any]:
+        """The dotted keys that are the same in every trial of an arm."""
+        return {**self.set, **(self.arms[arm].set if arm in self.arms else {})}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self._check_keys()
+        self._check_match()
+        for arm in self.arms or {"": Arm()}:
+            self._check_domains(arm)
+        if self.confirm is None and not any(self.domains_of(arm) for arm in self.arms or {"": Arm()}):
+            raise ValueError(
+                "nothing varies and nothing is confirmed: give values under space or tune, or seeds under confirm; one run "
+                "alone is `crate-ray train`"
+            )
+        is_population = self.scheduler.type == "pbt" and self.search.method == "random"
+        if self.search.method != "grid" and self.budget.trials is None and not is_population:
+            raise ValueError(
+                f"search.method = {self.search.method} draws points without end: give budget.trials, how many over all arms"
+            )
+        return self
+
+    def _check_keys(self) -> None:
+        for where, keys in self._named_keys().items():
+            check_run_keys(f"{where}.", keys)
+        both = sorted(self.space.keys() & self.tune.keys())
+        if both:
+            raise ConfigError(
+                f"{', '.join(both)} under both space and tune: space holds what is compared, tune what every point gets the "
+                "same grid of; take it out of one"
+            )
+
+    def _named_keys(self) -> dict[str, list[str]]:
+        """Every mapping whose keys must be keys of a run, by where it stands."""
+        named: dict[str, list[str]] = {"set": [*self.set], "space": [*self.space], "tune": [*self.tune]}
+        for name, arm in self.arms.items():
+            named |= {f"arms.{name}.set": [*arm.set], f"arms.{name}.space": [*arm.space]}
+        named |= {"match.over": [*self.match.over] if self.match else [], "scheduler.perturb": [*self.scheduler.perturb]}
+        named |= {"confirm.set": [*self.confirm.set] if self.confirm else []}
+        for arm_name in self.arms or {"": Arm()}:
+            for key, domain in self.domains_of(arm_name).items():
+                named[f"{key}.same_flops_as"] = [*(domain.same_flops_as or {})]
+        return named
+
+    def _check_match(self) -> None:
+        match = self.match
+        if match is None:
+            return
+        if match.to not in self.arms or len(self.arms) < 2:
+            raise ConfigError(
+                f"match.to = '{match.to}' is no arm that others could be matched to{nearest(match.to, list(self.arms))}; "
+                f"arms: {', '.join(self.arms) or 'none'}; name at least two, and one of them here"
+            )
+        if self.search.method in ("tpe", "nsga2"):
+            raise ConfigError(
+                f"match with search.method = {self.search.method}: a search of its own in each arm keeps no pairs; use grid or "
+                "random"
+            )
+        for key, domain in match.over.items():
+            if domain.is_endless or domain.kind == "same_flops_as":
+                raise ConfigError(f"match.over.{key}: the solver tries every value; give a grid, quantized, or num of them")
+
+    def _check_domains(self, arm: str) -> None:
+        domains = self.domains_of(arm)
+        where = f"the space of arm '{arm}'" if arm else "the space"
+        dependence_order(where, domains)
+        fixed = {**self.set_of(arm), **(self.confirm.set if self.confirm else {})}
+        for key, domain in domains.items():
+            if domain.kind == "same_flops_as":
+                if key != SAME_FLOPS_KEY:
+                    raise ConfigError(
+                        f"{key}: same_flops_as solves for {SAME_FLOPS_KEY} alone; give this key values of its own"
+                    )
+            elif key in fixed:
+                raise ConfigError(
+                    f"{key} is set to {fixed[key]!r} and varies in {where} too: take it out of one; "
+                    f"--set 'space.{key}={{grid: [{fixed[key]}]}}' replaces its values"
+                )
+            elif domain.is_endless and self.search.method == "grid":
+                raise ConfigError(
+                    f"{key}: {domain.kind} without end in a grid search; give num, how many values to take, or set "
+                    "search.method to random or tpe"
+                )
+            if domain.kind in ("uniform", "loguniform") and is_whole(key):
+                raise ConfigError(
+                    f"{key} takes whole numbers, and {domain.kind} draws others: use quantized: [lowest, highest, step]"
+                )
+
     @classmethod
     def load(cls, path: str, overrides: list[str] | tuple[str, ...] = (), *, smoke: bool = False) -> "SweepConfig":
         """Reads a sweep file and applies `a.b=c` overrides.
@@ -213,5 +272,21 @@ class SweepConfig(Frozen):
         return load_sweep(path, overrides, smoke=smoke)
 
 
-SWEEP_KEYS = tuple(SweepConfig.model_fields)
-OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+def is_exploratory(sweep: SweepConfig) -> str | None:
+    """Why results of the sweep are no comparison yet, or None when every arm tunes its learning rate alike."""
+    rates = {arm: _rates(sweep, arm) for arm in sweep.arms or {"": Arm()}}
+    if any(domain is None for domain in rates.values()):
+        return "at one fixed learning rate: give optimizer.lr at least two values under tune"
+    if len({repr(domain) for domain in rates.values()}) > 1:
+        return "the arms tune their learning rate over unequal grids: give it once, under tune"
+    return None
+
+
+def _rates(sweep: SweepConfig, arm: str) -> Domain | None:
+    """What an arm's learning rate is tried over, where that is more than one value."""
+    domains = sweep.domains_of(arm)
+    domain = domains.get("optimizer.lr", domains.get("optimizer.base_lr"))
+    if domain is None or domain.is_dependent:
+        return None
+    values = domain.grid or domain.choice
+    return domain if values is None or len(values) > 1 else None
