@@ -55,8 +55,7 @@ def connect() -> str:
     import ray
 
     if not ray.is_initialized():
-        for key, value in _ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        set_environment()
         address = os.environ.get("RAY_ADDRESS")
         if address:
             check_address(address)
@@ -68,6 +67,12 @@ def connect() -> str:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"{_said(address)}: {error}") from None
     return str(ray.get_runtime_context().gcs_address)
+
+
+def set_environment() -> None:
+    """Our defaults of Ray's settings for this process and what it starts."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
 
 
 def _said(address: str | None) -> str:
