@@ -55,8 +55,10 @@ class Mirror:
         self._experiment = experiment
         self._timeout_s = timeout_s
         self._max_pending = max_pending
-        self._inbox: queue.SimpleQueue[RunReplay] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RunReplay | str] = queue.SimpleQueue()  # a run to follow, or the URI of one to release
         self._replays: dict[str, RunReplay] = {}
+        self._released: dict[str, bool] = {}  # whether the folder was read since
+        self._retired: dict[str, str] = {}  # name: MLflow run, of released runs of which all is there
         self._retired_sent = 0
         self._session: Session | None = None
         self._server_error: str | None = None
@@ -86,6 +88,11 @@ class Mirror:
         self._inbox.put(RunReplay(folder, parent_uid=parent_uid))
         self._wake.set()
 
+    def release(self, folder: RunFolder) -> None:
+        """Nothing more is written to this run: what is new is sent, its files too, and then the mirror forgets it."""
+        self._inbox.put(folder.uri)
+        self._wake.set()
+
     def close(self, timeout_s: float = 10) -> MirrorSummary:
         """Drains what is there for at most `timeout_s` and stops; what is left waits for `tracking sync`."""
         if self._deadline is None:
@@ -105,11 +112,9 @@ class Mirror:
         if session is None:
             return {"experiment": None, "runs": {}}
         base = web_url(session.uri)
-        runs = {
-            replay.folder.name: run_url(base, session.experiment_id, replay.run_id)
-            for replay in list(self._replays.values())
-            if replay.run_id is not None
-        }
+        ids = dict(self._retired)
+        ids |= {replay.folder.name: replay.run_id for replay in list(self._replays.values()) if replay.run_id is not None}
+        runs = {name: run_url(base, session.experiment_id, run_id) for name, run_id in ids.items()}
         return {"experiment": view_url(base, session.experiment_id, EFFICIENCY), "runs": runs}
 
     def _run(self) -> None:
@@ -127,16 +132,23 @@ class Mirror:
     def _admit(self) -> None:
         while True:
             try:
-                replay = self._inbox.get_nowait()
+                item = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            self._replays.setdefault(replay.folder.uri, replay)
+            if isinstance(item, RunReplay):
+                self._replays.setdefault(item.folder.uri, item)
+                self._released.pop(item.folder.uri, None)
+            elif item in self._replays:
+                self._released[item] = False
+                self._replays[item].look_again()
 
     def _poll(self, *, is_last: bool) -> None:
         """Reads the folders, unless more waits in memory than may. The last pass reads finished runs again."""
         pending = sum(replay.pending for replay in self._replays.values())
         for uri, replay in list(self._replays.items()):
             if self._is_expired() or self._may_rest(uri, replay) or (pending >= self._max_pending and not is_last):
+                continue
+            if self._released.get(uri):
                 continue
             before = replay.pending
             try:
@@ -145,6 +157,8 @@ class Mirror:
                 self._start_over(uri, error)
             else:
                 pending += replay.pending - before
+                if uri in self._released:
+                    self._released[uri] = replay.has_ended
 
     def _push(self) -> None:
         """Sends what was read; a server in trouble ends the pass, a refused run only its own turn."""
@@ -163,13 +177,24 @@ class Mirror:
             else:
                 if replay.run_id is not None:
                     self._run_errors.pop(uri, None)
+                if self._released.get(uri) and replay.run_id is not None and not replay.pending:
+                    self._retire(uri, replay.run_id)
         if self._server_error is not None and self._session is not None:
             logger.info("MLflow at %s answers again", public_uri(self._uri))
             self._backoff_s, self._server_error = 0.0, None
 
+    def _retire(self, uri: str, run_id: str) -> None:
+        """Forgets a run of which everything is there but how it is found."""
+        replay = self._replays[uri]
+        self._retired[replay.folder.name] = run_id
+        self._retired_sent += replay.sent
+        del self._replays[uri], self._released[uri]
+        self._held_until.pop(uri, None)
+
     def _may_rest(self, uri: str, replay: RunReplay) -> bool:
         """Nothing to do for this run now: it is all there, or was refused lately. The last pass tries everything."""
-        return self._deadline is None and (replay.is_complete or time.monotonic() < self._held_until.get(uri, 0))
+        is_done = replay.is_complete and uri not in self._released
+        return self._deadline is None and (is_done or time.monotonic() < self._held_until.get(uri, 0))
 
     def _connect(self) -> Session:
         if self._session is None:
@@ -191,6 +216,8 @@ class Mirror:
         if self._deadline is None:  # in the last pass its records still count as pending
             self._retired_sent += failed.sent
             self._replays[uri] = RunReplay(failed.folder, parent_uid=failed.parent_uid)
+            if uri in self._released:
+                self._released[uri] = False
         self._held_until[uri] = time.monotonic() + _MAX_BACKOFF_SECONDS
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             self._session = None  # the experiment itself may be gone

@@ -33,6 +33,9 @@ MARKER = "tracking.json"
 MAX_ARTIFACT_BYTES = 8 * 2**20
 MAX_PICTURES = 64
 _JUDGED = ("final/", "emergence/")  # measured of a finished run, and again when its judge changes
+_FILES = (
+    "config.yaml", "fingerprint.json", "final.json", "trial.json", "sweep.yaml", "results.json", "report.md",
+)  # fmt: skip
 _PICTURE_TYPES = (".png", ".jpg", ".svg", ".json")  # .json: numbers behind a figure
 
 
@@ -84,6 +87,15 @@ class RunReplay:
     def is_complete(self) -> bool:
         """Whether the run ended well and all of it is in MLflow."""
         return self._mirrored is not None and self._mirrored[0] == "FINISHED" and not self._queue
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run had ended, well or not, when the folder was read last."""
+        return self._status is not None and self._status.state != "RUNNING"
+
+    def look_again(self) -> None:
+        """Compares the files with what is stored once more at the next push: some may have come after the run's end."""
+        self._files_sent_at = None
 
     def poll(self) -> None:
         """Reads what is new. The status first: a run that had ended then has no record after this."""
@@ -284,7 +296,7 @@ def _stamp(record: Record) -> dict[str, Any]:
 
 def _artifacts(folder: RunFolder) -> list[tuple[str, str | None]]:
     """(file in the folder, folder among the artifacts) of what a run leaves to look at."""
-    files: list[tuple[str, str | None]] = [("config.yaml", None), ("fingerprint.json", None), ("final.json", None)]
+    files: list[tuple[str, str | None]] = [(name, None) for name in _FILES]
     pictures = [name for name in storage.list_dir(folder.path("pictures")) if name.endswith(_PICTURE_TYPES)]
     files += [(f"pictures/{name}", "pictures") for name in pictures[-MAX_PICTURES:]]
     return [(name, target) for name, target in files if _is_small(folder.path(name))]
