@@ -55,14 +55,14 @@ def count_progress(unit: str) -> Iterator[Count]:
             bar.update(task, completed=done, total=total, detail=detail)
             if not bar.live.is_started:
                 shown.enter_context(bar)
-                shown.enter_context(_logging_above())
+                shown.enter_context(logging_above())
 
         yield show
 
 
 @contextmanager
-def _logging_above() -> Iterator[None]:
-    """What is logged to standard error goes above the bar, which has put itself in the place of `sys.stderr`."""
+def logging_above() -> Iterator[None]:
+    """What is logged to standard error goes above the display, which has put itself in the place of `sys.stderr`."""
     with ExitStack() as stack:
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler and handler.stream is sys.__stderr__:
@@ -133,11 +133,12 @@ class RunProgress:
         first = self._first
         if first is not None and self._step > first.step:
             left_s = (record.time - first.time) / (self._step - first.step) * (self._total - self._step)
-            parts.append(f"{_duration(left_s)} left")
+            parts.append(f"{duration(left_s)} left")
         return "  ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""What every verb that trains shares: the mirror, the progress display, and one run through Ray Train.
+"""What every verb that trains shares: the mirror, the progress display, and one run or one sweep through Ray.
 
 A Study is one MLflow experiment with the runs of one command. The tracking store is opened when the
 first run has its folder and before its workers exist: a command that is refused leaves nothing behind.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from crate_ray.tracking import Mirror
 
 
-class Study:
-    """Runs of one command.
+class Tracking:
+    """The mirror of one command's runs, opened by the first of them; a context manager.
 
     Args:
-        config: Of the first run: names the tracking store and the experiment.
+        config: Of one of the runs: names the tracking store and the experiment.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -31,14 +31,11 @@ class Study:
         self.uri = config.tracking.uri or tracking.default_uri(config.storage.path)
         self.experiment = config.tracking.experiment
         self._mirror: Mirror | None = None
-        self._progress = RunProgress()
 
     def __enter__(self) -> Self:
-        self._progress.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.__exit__(kind, error, trace)
         if self._mirror is None:
             return
         summary = self._mirror.close()
@@ -48,36 +45,76 @@ class Study:
                 "`crate-ray tracking sync` sends it[/yellow]"
             )
 
+    def follow(self, folder: RunFolder, *, parent_uid: str | None = None) -> None:
+        """Mirrors a run from now on."""
+        from crate_ray import tracking
+
+        if self._mirror is None:
+            tracking.initialise(self.uri, self.experiment)
+            self._mirror = tracking.Mirror(self.uri, self.experiment)
+        self._mirror.follow(folder, parent_uid=parent_uid)
+
+    def release(self, folder: RunFolder) -> None:
+        """A run has ended: once all of it is there the mirror forgets it."""
+        if self._mirror is not None:
+            self._mirror.release(folder)
+
+    def links(self) -> dict[str, Any]:
+        """Addresses in the tracking UI."""
+        return self._mirror.links() if self._mirror is not None else {"experiment": None, "runs": {}}
+
+
+class Study:
+    """Runs of one command.
+
+    Args:
+        config: Of the first run: names the tracking store and the experiment.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._tracking = Tracking(config)
+        self._progress = RunProgress()
+
+    @property
+    def uri(self) -> str:
+        """The tracking store."""
+        return self._tracking.uri
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment."""
+        return self._tracking.experiment
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.__exit__(kind, error, trace)
+        self._tracking.__exit__(kind, error, trace)
+
     def train(self, config: RunConfig) -> "RunOutcome":
         """Trains one run to its end or to a stop."""
         from crate_ray.launch.train import launch_training
 
         study = self.experiment.rsplit("/", 1)[-1]
         outcome = launch_training(
-            config, study=study, on_start=self._started, on_poll=self._progress.poll, on_stop=_say_stopping
+            config, study=study, on_start=self._started, on_poll=self._progress.poll, on_stop=say_stopping
         )
         if outcome.was_finished:
-            self._follow(outcome.folder)
+            self._tracking.follow(outcome.folder)
         return outcome
 
     def links(self) -> dict[str, Any]:
         """Addresses in the tracking UI."""
-        return self._mirror.links() if self._mirror is not None else {"experiment": None, "runs": {}}
-
-    def _follow(self, folder: RunFolder) -> None:
-        from crate_ray import tracking
-
-        if self._mirror is None:
-            tracking.initialise(self.uri, self.experiment)
-            self._mirror = tracking.Mirror(self.uri, self.experiment)
-        self._mirror.follow(folder)
+        return self._tracking.links()
 
     def _started(self, folder: RunFolder, config: RunConfig) -> None:
         from crate_ray.data import load_source
         from crate_ray.training.checkpoint import latest_checkpoint
         from crate_ray.training.schedule import total_steps
 
-        self._follow(folder)
+        self._tracking.follow(folder)
         held = latest_checkpoint(folder)
         if held is not None:
             errors.print(f"{folder.name}: resuming from step {held.step}", soft_wrap=True)
@@ -86,6 +123,7 @@ class Study:
         self._progress.follow(folder, total=total, attempt=status.attempt if status else 1)
 
 
-def _say_stopping(number: int) -> None:
+def say_stopping(number: int) -> None:
+    """One line: a signal came and what happens now."""
     name = signal.Signals(number).name
     errors.print(f"{name}: writing a checkpoint, then stopping; Ctrl-C once more leaves without it", soft_wrap=True)
