@@ -60,7 +60,18 @@ class ModelConfig(Frozen):
     )
     parametrization: Literal["standard", "mup"] = "standard"
     mup_base_width: int | None = Field(
-        None, ge=1, description="of mup: the width whose rates and initialisation are the published ones"
+        None, ge=1, description="of mup: the width whose rates and initialisation are the published ones; default: the preset's"
+    )
+    mup_base_num_heads: int | None = Field(
+        None, ge=1, description="of mup: heads at that width; a head is as wide at every width"
+    )
+    mup_base_decoder_width: int | None = Field(
+        None,
+        ge=1,
+        description="of mup: the decoder's width at that width; default: mup_base_width where decoder_width is width",
+    )
+    mup_base_decoder_num_heads: int | None = Field(
+        None, ge=1, description="of mup: the decoder's heads at that width; default: as for its width"
     )
 
     @model_validator(mode="before")
@@ -72,7 +83,7 @@ class ModelConfig(Frozen):
         preset = values.pop("preset", None)
         if preset is not None:
             # A preset of a fixed width with another one asked for keeps its other keys.
-            values = {**preset_values(preset), **values}
+            values = _scale_preset({**preset_values(preset), **values}, preset_values(preset), given=values)
         return _fill_defaults(values)
 
     @model_validator(mode="wrap")
@@ -96,6 +107,8 @@ class ModelConfig(Frozen):
                 f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}; "
                 f"use an image size of {max(self.image_size // self.patch_size, 2) * self.patch_size}"
             )
+        if self.parametrization == "mup":
+            self._check_width_transfer()
         for width, heads, name in (
             (self.width, self.num_heads, ""),
             (self.decoder_width, self.decoder_num_heads, "decoder_"),
@@ -175,6 +188,43 @@ class ModelConfig(Frozen):
                 "token enters before the encoder; set decoder_width to the width, or encoder_tokens to visible"
             )
 
+    def _check_width_transfer(self) -> None:
+        """Every layer is `width_ratio` times as wide as in the base model, and has as many times its heads."""
+        scaled = _SCALED if self.num_classes is None else _SCALED[:1]
+        is_one_shape = (self.decoder_width, self.decoder_num_heads) == (self.width, self.num_heads)
+        needed = ("width", *(_SCALED[:1] if is_one_shape else scaled))
+        missing = [f"mup_base_{key}" for key in needed if getattr(self, f"mup_base_{key}") is None]
+        if missing:
+            raise ValueError(
+                f"parametrization = mup needs {', '.join(missing)}: the shape whose learning rate and initialisation are the "
+                "published ones, such as mup_base_width = 128 with mup_base_num_heads = 4 (a preset brings its own)"
+            )
+        base = self.mup_base_width
+        assert base is not None
+        for key in scaled:
+            value, base_value = getattr(self, key), getattr(self, f"mup_base_{key}")
+            wanted, is_between = divmod(base_value * self.width, base)
+            if is_between:
+                unit = base // math.gcd(base, base_value)
+                near = max(self.width // unit, 1) * unit
+                raise ValueError(
+                    f"width = {self.width} is {self.width_ratio:.4g} times mup_base_width = {base}, and {key} would have to be "
+                    f"as many times mup_base_{key} = {base_value}; use a width of {near} or {near + unit}"
+                )
+            if value != wanted:
+                raise ValueError(
+                    f"{key} = {value} at width = {self.width}, but mup_base_{key} = {base_value} at mup_base_width = {base}; "
+                    f"with mup a head is as wide at every width, and the decoder grows with the encoder: set {key} to {wanted}"
+                )
+
+    @property
+    def width_ratio(self) -> float:
+        """Of mup: how many times as wide as its base model it is; 1 in the standard parametrization."""
+        if self.parametrization == "standard":
+            return 1.0
+        assert self.mup_base_width is not None
+        return self.width / self.mup_base_width
+
     @property
     def num_patches(self) -> int:
         """Patches of an image, without the class token."""
@@ -189,6 +239,19 @@ class ModelConfig(Frozen):
         """The value for each encoder layer."""
         value: PerLayer = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.encoder_depth
+
+
+_SCALED = ("num_heads", "decoder_width", "decoder_num_heads")
+
+
+def _scale_preset(values: dict[str, Any], preset: dict[str, Any], *, given: dict[str, Any]) -> dict[str, Any]:
+    """With mup a preset is the base model: what is not given beside its width is as many times as large as the width."""
+    if values.get("parametrization") != "mup" or not isinstance(values["width"], int):
+        return values
+    present = [key for key in _SCALED if key in preset]
+    base = {f"mup_base_{key}": preset[key] for key in ("width", *present)}
+    scaled = {key: preset[key] * values["width"] // preset["width"] for key in present if key not in given}
+    return {**base, **values, **scaled}
 
 
 def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +275,11 @@ def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
         "embedding": embedding if classifier else None,
         "pool": ("mean" if vit else "cls") if classifier else None,
     }
+    if values.get("parametrization") == "mup" and not classifier:
+        if "decoder_width" not in values or values.get("encoder_tokens") != "visible":
+            defaults["mup_base_decoder_width"] = values.get("mup_base_width")
+        if "decoder_num_heads" not in values:
+            defaults["mup_base_decoder_num_heads"] = values.get("mup_base_num_heads")
     filled = {key: value for key, value in defaults.items() if values.get(key) is None and value is not None}
     return {**values, **filled}
 

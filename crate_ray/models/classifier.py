@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models.layers import check_images, encoder_layers, initialise_linear
+from crate_ray.models.parametrization import scale_initialisation
 from crate_ray.models.patches import patchify, sincos_positions
 
 
@@ -54,6 +55,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(config.width, config.num_classes)
         if not self.is_normed:
             self._initialise()
+        scale_initialisation(self, config)
 
     @property
     def num_patches(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, initialise_linear
 from crate_ray.models.linear import Linear
+from crate_ray.models.parametrization import scale_initialisation
 from crate_ray.models.patches import Masking, draw_masking, normalise_patches, patchify, sincos_positions, take_tokens
 
 
@@ -170,3 +171,4 @@ class MaskedAutoencoder(nn.Module):
         initialise_linear(self, patch_embed=self.patch_embed)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        scale_initialisation(self, self.config)

@@ -1,42 +1,49 @@
-"""AdamW with the published parameter groups."""
+"""AdamW with the published parameter groups, scaled with the width where the model's parametrization says so.
 
-from typing import cast
+In: a model and rates. Out: groups whose `lr_scale` multiplies the rate of every step.
+"""
 
 import torch
 from torch import nn
 
 from crate_ray.config import OptimizerConfig
+from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.models.parametrization import lr_factor, role_of, weight_decay_factor
 
 _TOKENS = ("cls_token", "mask_token", "pos_embed")
 _EMBEDDING = ("patch_norm", "patch_embed", "embed_norm", "cls_token", "pos_embed")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, object]]:
-    """Weights with decay; norms, biases, per-layer scalars and tokens without. Two groups, or two for each layer.
+def parameter_groups(
+    model: MaskedAutoencoder | Classifier, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, object]]:
+    """Weights with decay; norms, biases, per-layer scalars and tokens without. Two groups, more with layer decay or muP.
 
     Source: facebookresearch/mae, which leaves one-dimensional parameters out; its class and mask
-    tokens decay there, ours do not, as in the supervised recipes of both families.
+    tokens decay there, ours do not, as in the supervised recipes of both families. In a model of `parametrization` mup,
+    rate and decay of a matrix have the factors of `models.parametrization` besides; at its base width they are 1.
 
     Args:
-        model: With `blocks`.
+        model: Its configuration says how it is parametrized.
         weight_decay: Of the weights.
         layer_decay: A group's `lr_scale` is this to the power of the layers above it. Source: facebookresearch/mae
             (fine-tuning), after BEiT: embedding and tokens are layer 0, `blocks.i` is i + 1, norm and head come last.
     """
-    top = len(cast(nn.ModuleList, model.blocks)) + 1
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    top, ratio = len(model.blocks) + 1, model.config.width_ratio
+    groups: dict[tuple[int, bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in _TOKENS
-            layer = top if layer_decay is None else layer_of(name, top)
-            groups.setdefault((layer, is_free), []).append(parameter)
+            layer, role = top if layer_decay is None else layer_of(name, top), role_of(name, parameter)
+            key = (layer, is_free, lr_factor(role, ratio), weight_decay_factor(role, ratio))
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": 0.0 if is_free else weight_decay,
-            "lr_scale": 1.0 if layer_decay is None else layer_decay ** (top - layer),
+            "weight_decay": 0.0 if is_free else weight_decay * decay_factor,
+            "lr_scale": factor if layer_decay is None else factor * layer_decay ** (top - layer),
         }
-        for (layer, is_free), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (layer, is_free, factor, decay_factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -48,7 +55,7 @@ def layer_of(name: str, top: int) -> int:
     return 0 if first in _EMBEDDING else top
 
 
-def create_optimizer(model: nn.Module, config: OptimizerConfig, *, lr: float) -> torch.optim.AdamW:
+def create_optimizer(model: MaskedAutoencoder | Classifier, config: OptimizerConfig, *, lr: float) -> torch.optim.AdamW:
     """Fused AdamW; the loop sets the rate of every step."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)

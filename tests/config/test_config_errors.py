@@ -146,7 +146,9 @@ def test_the_mask_ratio_that_the_refusal_proposes_is_accepted(grid: int) -> None
 def test_every_preset_is_a_whole_model(preset: str) -> None:
     config = ModelConfig.parse({"preset": preset})
     of_classifiers = {"num_classes", "embedding", "pool"}
-    of_studies = {"attention", "feedforward", "mlp_ratio", "share_layers", "mup_base_width"}  # null: as the family has it
+    # null: as the family has it
+    of_studies = {"attention", "feedforward", "mlp_ratio", "share_layers"}
+    of_studies |= {f"mup_base_{key}" for key in ("width", "num_heads", "decoder_width", "decoder_num_heads")}
     missing = {key for key, value in config.model_dump().items() if value is None}
     assert missing == of_studies | (of_classifiers if config.num_classes is None else set())
     assert len(config.per_layer("ista_lambda")) == config.encoder_depth
