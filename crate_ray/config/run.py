@@ -4,6 +4,7 @@ In: a recipe with overrides. Out: a RunConfig whose every key is resolved. The d
 give a run its identity are in `identity`; this file only says what the keys mean.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -179,6 +180,19 @@ class TrainConfig(Frozen):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs")
         return self
+
+    def num_steps(self, num_samples: int | None) -> int | None:
+        """Optimizer steps of the run; epochs are counted in images seen, rounded up to a whole step.
+
+        Args:
+            num_samples: Images of the training data; None where they are not known yet: then epochs give None.
+        """
+        if self.steps is not None:
+            return self.steps
+        if num_samples is None:
+            return None
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * num_samples / self.global_batch))
 
 
 class EvalConfig(Frozen):

@@ -7,10 +7,9 @@ from crate_ray.config import RunConfig
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
     """Optimizer steps of the run; epochs are counted in images seen, rounded up to a whole step."""
-    if config.train.steps is not None:
-        return config.train.steps
-    assert config.train.epochs is not None
-    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch))
+    steps = config.train.num_steps(num_samples)
+    assert steps is not None
+    return steps
 
 
 def warmup_steps(config: RunConfig, num_samples: int) -> int:
