@@ -87,17 +87,20 @@ def plot_keys(rows: Sequence[TrialRow], sweep: SweepConfig, styles: Mapping[str,
         panel.set_xlabel(names[key])
     for panel in panels[::_PANELS_A_ROW]:
         panel.set_ylabel(measure.axis)
-    note = (
-        "dots: screening trials, one seed; hollow: stopped early, at their last step; line: best finished trial at each value"
+    note = "dots: screening trials, one seed; hollow: stopped, at their last step; line: best finished trial at each value"
     note += _BEYOND if not panels[0].get_autoscaley_on() else ""
-    )
     figure.suptitle(f"{title}: {measure.label} against each key", fontsize=12, fontweight="bold")
     _arm_legend(figure, styles, note)
     return _png(figure)
 
 
 def plot_front(
-    rows: Sequence[TrialRow], configurations: Sequence[Confirmed], sweep: SweepConfig, styles: Mapping[str, ArmStyle], *, title: str
+    rows: Sequence[TrialRow],
+    configurations: Sequence[Confirmed],
+    sweep: SweepConfig,
+    styles: Mapping[str, ArmStyle],
+    *,
+    title: str,
 ) -> bytes | None:
     """The primary objective against trainable encoder parameters and against GFLOPs, with the Pareto front.
 
@@ -313,8 +316,9 @@ def _limit_y(axes: "Axes", values: Sequence[float], measure: Measure, *, shown: 
     best, limit, worst = ordered[0], ordered[math.ceil(_SHOWN_SHARE * len(ordered)) - 1], ordered[-1]
     if abs(worst - best) > 3 * abs(limit - best) > 0:
         span = limit - best
-        ends = (best - 0.12 * span, limit + 0.25 * span, *(value + pad for value in shown for pad in (-0.05 * span, 0.05 * span)))
-        axes.set_ylim(min(ends), max(ends))
+        ends = (best - 0.12 * span, limit + 0.25 * span)
+        room = 0.05 * abs(span)
+        axes.set_ylim(min(*ends, *(v - room for v in shown)), max(*ends, *(v + room for v in shown)))
 
 
 def _mark_beyond(axes: "Axes", points: Sequence[tuple[float, float]], colour: str) -> None:
