@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from crate_ray.analysis.objectives import MEASURES
-from crate_ray.analysis.ranking import FOLLOWING, Ranking, point_of
+from crate_ray.analysis.ranking import Ranking, point_of
 from crate_ray.analysis.statistics import PairedInterval, paired_t_interval
 from crate_ray.config import SweepConfig
 from crate_ray.runs import TrialRow
@@ -156,7 +156,7 @@ def _shared_point(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, An
     if sweep.confirm is None or sweep.confirm.per == "arm":
         return {}
     own = {key for arm in sweep.arms.values() for key in arm.space} | set(sweep.match.over if sweep.match else ())
-    followers = {key for key, domain in sweep.space.items() if domain.kind in FOLLOWING}
+    followers = {key for key, domain in sweep.space.items() if domain.is_dependent}
     shared = sweep.space.keys() - own - followers
     return {key: value for key, value in sorted(point_of(values, sweep).items()) if key in shared}
 

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crate_ray.config import LARGER_IS_BETTER, Domain, SweepConfig
+from crate_ray.config import LARGER_IS_BETTER, Domain, SweepConfig, is_exploratory
 from crate_ray.runs import TrialRow
 
 Position = Literal["lower edge", "upper edge", "inside", "single value", "no order"]
-FOLLOWING = ("of", "same_flops_as")
-"""Kinds of domains whose value follows from the rest of the point."""
 _EDGE_SHARE = 0.1  # of a continuous range: nearer to an end than this counts as on it
 
 
@@ -81,12 +79,12 @@ class Ranking:
     Attributes:
         objective: The primary one.
         arms: One an arm, or several where an arm's losses ask different questions.
-        is_exploratory: Whether the learning rate was the same for every point: no ranking of points, then.
+        exploratory: Why this ranks no points of the space yet, such as one fixed learning rate for all; else None.
     """
 
     objective: str
     arms: tuple[ArmRanking, ...]
-    is_exploratory: bool
+    exploratory: str | None
 
     def positions(self) -> dict[str, Counter[Position]]:
         """For every tuned key, at how many points of all arms the best value lies where."""
@@ -98,13 +96,12 @@ class Ranking:
         return counts
 
 
-def rank(rows: Sequence[TrialRow], sweep: SweepConfig, *, is_exploratory: bool) -> Ranking:
+def rank(rows: Sequence[TrialRow], sweep: SweepConfig) -> Ranking:
     """Ranks the screening trials of each arm by the sweep's first objective.
 
     Args:
         rows: Of any stage; only those of the screening count.
         sweep: What was swept.
-        is_exploratory: Whether the sweep has one fixed learning rate (`space.is_exploratory`).
     """
     objective = sweep.objective[0]
     screened = [row for row in rows if row.stage == "screen"]
@@ -113,7 +110,7 @@ def rank(rows: Sequence[TrialRow], sweep: SweepConfig, *, is_exploratory: bool) 
         for arm in dict.fromkeys(row.arm for row in screened)
         for target, group in same_question([row for row in screened if row.arm == arm], [objective])
     ]
-    return Ranking(objective, tuple(arms), is_exploratory)
+    return Ranking(objective, tuple(arms), is_exploratory(sweep))
 
 
 def same_question(rows: Sequence[TrialRow], objectives: Iterable[str]) -> list[tuple[dict[str, Any], list[TrialRow]]]:
@@ -138,10 +135,8 @@ def point_of(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
 
 def free_keys(sweep: SweepConfig, arm: str) -> list[str]:
     """The keys that vary by themselves in an arm: those that follow another key or that a solver chose are left out."""
-    own = sweep.arms[arm].space if arm in sweep.arms else {}
-    solved = set(sweep.match.over) if sweep.match is not None and sweep.match.to != arm else set()
-    domains = {**sweep.space, **own, **sweep.tune}
-    return [key for key, domain in domains.items() if domain.kind not in FOLLOWING and key not in solved]
+    solved = sweep.match.over if sweep.match is not None and sweep.match.to != arm else {}
+    return [key for key, domain in sweep.domains_of(arm).items() if not domain.is_dependent and key not in solved]
 
 
 def _rank_arm(arm: str, target: Mapping[str, Any], rows: Sequence[TrialRow], sweep: SweepConfig) -> ArmRanking:
@@ -185,7 +180,7 @@ def tuned_keys(row: TrialRow, sweep: SweepConfig) -> tuple[TunedKey, ...]:
     return tuple(
         TunedKey(key, row.values[key], _position(row.values[key], domain))
         for key, domain in sweep.tune.items()
-        if key in row.values and domain.kind not in FOLLOWING
+        if key in row.values and not domain.is_dependent
     )
 
 
