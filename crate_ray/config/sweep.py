@@ -94,7 +94,10 @@ class BudgetConfig(Frozen):
     trials: int | None = Field(None, ge=1, description="screening trials over all arms")
     gpu_hours: float | None = Field(None, gt=0)
     hours: float | None = Field(None, gt=0, description="of wall time")
-    usd: float | None = Field(None, gt=0, description="at the prices of cluster/prices.yaml")
+    usd: float | None = Field(None, gt=0, description="at the price below")
+    price: float | str | None = Field(
+        None, description="a node of cluster/prices.yaml, also NODE:spot, or USD per GPU hour (per CPU hour without GPUs)"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
