@@ -1,7 +1,7 @@
 """One run through Ray Train, from the driver's side.
 
 In: a RunConfig. Out: a run folder with its end written down. `fit()` runs in a thread; the main thread
-owns the signals, the lease and the caller's callback. A stop travels through StopSwitch to the loop,
+owns the signals, the lease and the caller's callback. A stop travels through RunLine to the loop,
 which writes a checkpoint and returns; only when that takes longer than `stop_grace_s` is the group torn
 down. Final numbers come from rank 0's records, never from what fit() returns.
 """
@@ -21,6 +21,7 @@ from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 
 POLL_S = 0.2
+ABORT_S = 5.0  # for a controller to end its workers; then it is killed
 EXIT_GRACE_S = 15.0  # for the last report and the teardown of workers, after the checkpoint
 
 
@@ -98,7 +99,7 @@ def _run(
     on_stop: Callable[[int], None],
 ) -> tuple[State, str | None]:
     """Fits, and leaves no worker behind when the driver itself fails."""
-    fit = _Fit(config, folder, lease.attempt)
+    fit = Fit(config, folder, lease.attempt)
     try:
         return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll, on_stop)
     except BaseException:
@@ -107,7 +108,7 @@ def _run(
 
 
 def _follow(
-    fit: "_Fit",
+    fit: "Fit",
     lease: Lease,
     signals: "StopSignals",
     grace_s: float,
@@ -131,11 +132,7 @@ def _follow(
             return "KILLED", f"{name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
     state, reason = fit.end()
     if state == "KILLED":
-        cause = (
-            signal.Signals(signals.received).name
-            if signals.received is not None
-            else "the workers lost the driver's stop switch"
-        )
+        cause = signal.Signals(signals.received).name if signals.received is not None else "the workers lost the driver"
         reason = f"{cause}; a checkpoint was written"
     return state, reason
 
@@ -163,24 +160,33 @@ class StopSignals:
         self.received = number
 
 
-class _Fit:
-    """A TorchTrainer.fit() in a thread."""
+class Fit:
+    """A TorchTrainer.fit() in a thread.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, attempt: int) -> None:
-        from crate_ray.launch.worker import StopSwitch, train_worker
+    Args:
+        config: Resolved.
+        folder: Prepared and leased.
+        attempt: Number of this start of the run.
+        is_followed: Whether rank 0 waits at each evaluation until `release`; see `next_event`.
+    """
 
-        self._switch = StopSwitch.remote()  # type: ignore[attr-defined]
+    def __init__(self, config: RunConfig, folder: RunFolder, attempt: int, *, is_followed: bool = False) -> None:
+        from crate_ray.launch.worker import RunLine, train_worker
+
+        self._line = RunLine.remote()  # type: ignore[attr-defined]
         payload = {
             "config": config.model_dump(mode="json"),
             "folder": folder.uri,
             "attempt": attempt,
-            "switch": self._switch,
+            "line": self._line,
+            "is_followed": is_followed,
         }
         # Ray would resume from its own list of checkpoints; ours is the manifests.
         storage.delete(folder.path("checkpoint_manager_snapshot.json"))
         self._trainer = _trainer(config, folder, train_worker, payload)
         self._result: dict[str, Any] | None = None
-        self._error: BaseException | None = None
+        self._awaited: Any = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ray-train-fit", daemon=True)
         self._thread.start()
 
@@ -188,7 +194,7 @@ class _Fit:
         try:
             self._result = self._trainer.fit().return_value
         except BaseException as error:  # noqa: BLE001  handed to the main thread
-            self._error = error
+            self.error = error
 
     def is_running(self) -> bool:
         """Whether the fit has not returned yet."""
@@ -198,9 +204,25 @@ class _Fit:
         """Waits at most this long."""
         self._thread.join(timeout_s)
 
+    def next_event(self, timeout_s: float) -> dict[str, Any] | None:
+        """What rank 0 of a followed run says next: `placement_group`, or `step` and `values`; None when nothing came."""
+        import ray
+
+        self._awaited = self._awaited or self._line.next_event.remote()
+        ready, _ = ray.wait([self._awaited], timeout=timeout_s)
+        if not ready:
+            return None
+        event: dict[str, Any] = ray.get(self._awaited)
+        self._awaited = None
+        return event
+
+    def release(self) -> None:
+        """Lets rank 0 go on after an evaluation."""
+        self._line.release.remote()
+
     def stop(self) -> None:
         """Asks the workers for a checkpoint and their return."""
-        self._switch.stop.remote()
+        self._line.stop.remote()
 
     def abort(self) -> None:
         """Leaves the cluster; Ray ends this driver's actors."""
@@ -208,13 +230,45 @@ class _Fit:
 
         ray.shutdown()
 
+    def tear_down(self) -> None:
+        """Leaves nothing of the fit behind while this process stays in the cluster: controller, workers, group and line."""
+        import ray
+
+        from crate_ray.launch.placement import free_groups_of
+
+        try:
+            controller = ray.get(self._line.controller.remote(), timeout=ABORT_S)
+            if controller is not None and self.is_running():
+                _abort_controller(controller)
+                free_groups_of(controller._actor_id.hex())
+        finally:
+            ray.kill(self._line)
+        self.wait(ABORT_S)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss was no number any more."""
+        return self._result is not None and bool(self._result["diverged"])
+
     def end(self) -> tuple[State, str | None]:
         """State and reason, from what rank 0 returned or from the error."""
-        if self._error is not None:
-            return "FAILED", _first_cause(self._error)
+        if self.error is not None:
+            return "FAILED", _first_cause(self.error)
         if self._result is None:
             return "FAILED", "rank 0 returned nothing"
         return self._result["state"], self._result["reason"]
+
+
+def _abort_controller(controller: Any) -> None:
+    """Ends the controller with its workers; by force where it does not listen, as while it waits for resources."""
+    import ray
+
+    try:
+        ray.get(controller.abort.remote(), timeout=ABORT_S)
+    except ray.exceptions.GetTimeoutError:
+        ray.kill(controller)
+    except ray.exceptions.RayActorError:
+        return  # that is how it ends
 
 
 def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], payload: dict[str, Any]) -> Any:
@@ -222,6 +276,8 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train.v2.api.config import RunConfig as RayRunConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    from crate_ray.launch.worker import ControllerHandle
 
     store, path = storage.open_store(folder.uri)
     return TorchTrainer(
@@ -237,6 +293,7 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
             name=folder.name,
             storage_path=path.rsplit("/", 1)[0],
             storage_filesystem=None if folder.is_local else store,
+            callbacks=[ControllerHandle(payload["line"])],  # type: ignore[list-item]
             failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
             logging_config=LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": {"RAY_ADDRESS": connect()}},

@@ -4,6 +4,7 @@ In: a payload of plain values from the driver. Out: how the loop ended, as a pla
 else goes to the run folder. Checkpoints are ours: Ray is only told that one exists, without a copy.
 """
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
@@ -23,39 +25,92 @@ POLL_S = 0.5
 
 
 @ray.remote(num_cpus=0)
-class StopSwitch:
-    """Carries the driver's wish to stop to the workers."""
+class RunLine:
+    """The line between who drives a run and its workers: the wish to stop one way, events of rank 0 the other.
+
+    Its methods are coroutines of one event loop: who waits here blocks nobody.
+    """
 
     def __init__(self) -> None:
         self._stop = False
+        self._released = asyncio.Event()
+        self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._controller: Any = None
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Asks the run to stop."""
         self._stop = True
+        self._released.set()
 
-    def is_set(self) -> bool:
+    async def is_set(self) -> bool:
         """Whether a stop was asked for."""
         return self._stop
 
+    async def post(self, event: dict[str, Any], *, wait: bool) -> None:
+        """Hands an event to the driver; with `wait`, returns when the driver has released it."""
+        if wait:
+            self._released.clear()
+        await self._events.put(event)
+        if wait and not self._stop:
+            await self._released.wait()
+
+    async def next_event(self) -> dict[str, Any]:
+        """The next one that was posted, whenever it comes."""
+        return await self._events.get()
+
+    async def release(self) -> None:
+        """Lets rank 0 go on."""
+        self._released.set()
+
+    async def put_controller(self, controller: Any) -> None:
+        """Keeps the handle of the Train controller."""
+        self._controller = controller
+
+    async def controller(self) -> Any:
+        """The handle of the Train controller; None before it runs."""
+        return self._controller
+
+
+class ControllerHandle(ControllerCallback):
+    """Sends the Train controller's own handle down the line: `fit()` gives nobody the means to end it."""
+
+    def __init__(self, line: Any) -> None:
+        self._line = line
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """See ControllerCallback."""
+        self._line.put_controller.remote(ray.get_runtime_context().current_actor)
+
 
 class RayContext:
-    """A Ray Train worker as the loop sees it."""
+    """A Ray Train worker as the loop sees it.
 
-    def __init__(self, switch: Any, attempt: int) -> None:
+    Args:
+        line: A RunLine.
+        attempt: See WorkerContext.
+        is_followed: Whether the driver takes evaluations from the line, and releases each.
+    """
+
+    def __init__(self, line: Any, attempt: int, *, is_followed: bool) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.local_rank = context.get_local_rank()
         self.attempt = attempt
+        self._line = line
+        self._is_followed = is_followed and self.rank == 0
         self._stop = threading.Event()
         self._closed = threading.Event()
+        if self._is_followed:
+            group = ray.util.get_current_placement_group()
+            self._post({"placement_group": group.id.hex() if group else None}, wait=False)
         if self.rank == 0:
-            threading.Thread(target=self._watch, args=(switch,), name="stop-switch", daemon=True).start()
+            threading.Thread(target=self._watch, name="stop-switch", daemon=True).start()
 
-    def _watch(self, switch: Any) -> None:
+    def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
             try:
-                if ray.get(switch.is_set.remote(), timeout=10):
+                if ray.get(self._line.is_set.remote(), timeout=10):
                     self._stop.set()
                     return
             except ray.exceptions.ActorDiedError:
@@ -63,6 +118,12 @@ class RayContext:
                 return
             except ray.exceptions.RayError:
                 continue  # a passing fault of the network; the next poll asks again
+
+    def _post(self, event: dict[str, Any], *, wait: bool) -> None:
+        try:
+            ray.get(self._line.post.remote(event, wait=wait))
+        except ray.exceptions.ActorDiedError:
+            self._stop.set()
 
     def stop_requested(self) -> bool:
         """See WorkerContext."""
@@ -80,7 +141,11 @@ class RayContext:
         """See WorkerContext."""
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """See WorkerContext."""
+        """Rank 0 of a followed run waits until the driver has seen the values; the others wait for it in their next step."""
+        if self._is_followed:
+            self._post({"step": step, "values": dict(values)}, wait=True)
+            if ray.get(self._line.is_set.remote()):
+                self._stop.set()  # the next step carries the wish to the others, half a second before the watch would
 
     def close(self) -> None:
         """Ends the watcher."""
@@ -91,24 +156,24 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs.
 
     Args:
-        payload: config (resolved, as a mapping), folder (URI), attempt, switch (StopSwitch).
+        payload: config (resolved, as a mapping), folder (URI), attempt, line (RunLine), is_followed.
 
     Returns:
-        state, step and reason of this rank.
+        state, step and reason of this rank, and whether the loss diverged.
     """
     config = RunConfig.parse(payload["config"])
     folder = RunFolder(payload["folder"])
     torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
-    context = RayContext(payload["switch"], payload["attempt"])
+    context = RayContext(payload["line"], payload["attempt"], is_followed=payload["is_followed"])
     _log_to(folder, context.rank)
     try:
         result = run_training(config, folder, context, open_batches=_who_decodes(config))
     except TrainingDivergedError as error:
         # Every rank sees the same loss; starting again from the checkpoint would diverge again.
-        return {"state": "FAILED", "step": None, "reason": str(error)}
+        return {"state": "FAILED", "step": None, "reason": str(error), "diverged": True}
     finally:
         context.close()
-    return {"state": result.state, "step": result.step, "reason": None}
+    return {"state": result.state, "step": result.step, "reason": None, "diverged": False}
 
 
 def _who_decodes(config: RunConfig) -> Callable[..., BatchReader]:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_PIN = "pinned-"
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,34 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
 
 
 def prune_checkpoints(folder: RunFolder, *, keep_last: int) -> None:
-    """Deletes all but the newest; the manifest goes first, so that a half-deleted one is none."""
+    """Deletes all but the newest and the pinned ones; the manifest goes first, so that a half-deleted one is none."""
     for checkpoint in list_checkpoints(folder)[:-keep_last]:
+        if any(name.startswith(_PIN) for name in storage.list_dir(checkpoint.uri)):
+            continue
         storage.delete(storage.join(checkpoint.uri, "manifest.json"))
         storage.delete(checkpoint.uri)
+
+
+def pin_checkpoint(checkpoint: Checkpoint, *, by: str) -> None:
+    """Keeps a checkpoint from being pruned until it is unpinned.
+
+    Args:
+        checkpoint: A whole one.
+        by: Who needs it; one checkpoint may be pinned by several.
+    """
+    storage.write_atomic(storage.join(checkpoint.uri, _PIN + by), "")
+
+
+def unpin_checkpoint(checkpoint: Checkpoint, *, by: str) -> None:
+    """Takes a pin away, where there is one."""
+    storage.delete(storage.join(checkpoint.uri, _PIN + by))
+
+
+def copy_checkpoint(checkpoint: Checkpoint, folder: RunFolder) -> None:
+    """Puts the same checkpoint, bit by bit, into another run; it is there once its manifest is."""
+    target = folder.path("checkpoints", f"step_{checkpoint.step:08d}")
+    for name in (*checkpoint.files, "manifest.json"):
+        storage.write_atomic(storage.join(target, name), storage.read_bytes(storage.join(checkpoint.uri, name)))
 
 
 def _is_whole(uri: str, manifest: Mapping[str, Any]) -> bool:

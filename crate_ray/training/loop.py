@@ -220,6 +220,8 @@ class Trainer:
             if evaluated:
                 self.context.evaluated(self.step, evaluated)
                 self.throughput.resume()
+                if self.context.world_size == 1:  # nobody has to agree, and the stop costs no further step
+                    self.is_stopping = self.is_stopping or self.context.stop_requested()
         self._save()
         if self.step < self.total:
             return LoopResult("KILLED", self.step)

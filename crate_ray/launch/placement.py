@@ -1,0 +1,52 @@
+"""Placement groups of Train controllers that are gone.
+
+In: the cluster that this process belongs to. Out: groups removed. A group outlives the actor that made it until its whole job
+ends, and holds its resources meanwhile. Ray Train has a cleaner, which needs the dashboard and knows a group only when its
+workers have started; the control store itself knows the maker of each group, and whether it lives.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+
+def free_orphaned_groups() -> list[str]:
+    """Removes the groups of this job whose making actor is dead; nobody else can use them.
+
+    Returns:
+        Their ids, hexadecimal.
+    """
+    return _free(lambda group: bool(group.creator_actor_id) and group.creator_actor_dead)
+
+
+def free_groups_of(actor_id: str) -> list[str]:
+    """Removes the groups that one actor has made.
+
+    Args:
+        actor_id: Hexadecimal.
+
+    Returns:
+        Their ids, hexadecimal.
+    """
+    return _free(lambda group: group.creator_actor_id.hex() == actor_id)
+
+
+def _free(is_meant: Callable[[Any], bool]) -> list[str]:
+    freed = []
+    for group in _groups_of_this_job():
+        if is_meant(group):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            freed.append(group.placement_group_id.hex())
+    return freed
+
+
+def _groups_of_this_job() -> Iterator[Any]:
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    for line in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(line)
+        if group.creator_job_id == job and group.state != PlacementGroupTableData.REMOVED and not group.is_detached:
+            yield group

@@ -1,0 +1,246 @@
+"""One stay of a trial in an actor: what its folder holds is reported again, then the training goes on and reports the rest.
+
+In: what is to be trained and where. Out: one flat result a call, as Tune wants them, and trial.json, written at every report.
+A trial looks into its folder first, so nothing that was measured is measured again: a trial that is over only repeats its
+reports. Errors that another attempt would repeat are results too; only those that one might not repeat are raised.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from json import dumps
+from typing import Any
+
+from crate_ray.config import ConfigError, RunConfig, SweepConfig, apply_override
+from crate_ray.data import load_source
+from crate_ray.launch.generations import Generation, Pointer, clone, newest_generation, point_to
+from crate_ray.launch.trial_attempt import IDLE_S, Attempt, Ended, Placed, Report
+from crate_ray.runs import LEASE_SECONDS, Lease, LeaseLostError, RunFolder, is_finished, read_records
+from crate_ray.runs.trials import TrialRow, TrialState, loss_target, objective_values, read_trial, write_trial
+from crate_ray.training.prepare import prepare_run
+from crate_ray.training.probe import probe_run
+from crate_ray.training.schedule import total_steps
+
+_WAIT_S = LEASE_SECONDS + 2 * IDLE_S
+_POLL_S = 0.2
+_CLONING = ("pbt", "hyperband")  # Tune passes their trials on by checkpoint, at any report
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What Tune's configuration says of a trial.
+
+    Attributes:
+        run: The resolved configuration of the point, with absolute paths.
+        sweep: The sweep that it belongs to.
+        point: Arm, values, seed and stage, as in `TrialRow`.
+        folder: URI of the trial.
+        study: See `runs.open_run`.
+        parent_uid: See `runs.open_run`.
+        quantities: What is known of the point beforehand.
+        set: Keys over those of `run`, which a scheduler has changed.
+    """
+
+    run: RunConfig
+    sweep: SweepConfig
+    point: Mapping[str, Any]
+    folder: str
+    study: str = ""
+    parent_uid: str | None = None
+    quantities: Mapping[str, float] = field(default_factory=dict)
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> "TrialSpec":
+        """From Tune's configuration; ConfigError where it is not valid."""
+        parsed = {"run": RunConfig.parse(config["run"]), "sweep": SweepConfig.parse(config["sweep"])}
+        return cls(**{**config, **parsed})
+
+    def config(self, changes: Mapping[str, Any]) -> RunConfig:
+        """The run of a generation, with the checkpoints that its scheduler needs."""
+        values = self.run.model_dump(mode="json")
+        for key, value in changes.items():
+            apply_override(values, f"{key}={dumps(value)}")
+        every = self.sweep.report_every_steps
+        if self.sweep.scheduler.type in _CLONING:
+            values["checkpoint"]["every_steps"] = every
+        return RunConfig.parse(values)
+
+
+class TrialSession:
+    """A trial from the moment it gets its resources until it gives them back.
+
+    Args:
+        spec: The trial.
+        pointer: What Tune restores it from: its own state, of which Tune has seen the reports, or another trial's.
+    """
+
+    def __init__(self, spec: TrialSpec, pointer: Pointer | None = None) -> None:
+        self._spec, self._trial = spec, RunFolder(spec.folder)
+        self._began = time.monotonic()
+        self._after_step = pointer.step if pointer else -1
+        self._attempt: Attempt | None = None
+        self._is_over = False
+        earlier = read_trial(self._trial)
+        self._seconds_before = earlier.seconds if earlier else 0.0
+        self._row = earlier or self._new_row()
+        try:
+            self._generation = self._find_generation(pointer)
+            self._config = spec.config(self._generation.set)
+            self._total_steps = total_steps(self._config, load_source(self._config.data.source).num_samples)
+        except ConfigError as error:
+            self._failure: str | None = str(error)
+            return
+        self._failure = None
+        self._replays = deque(self._recorded_reports())
+        self._row = replace(
+            self._row,
+            values={**self._row.values, **self._generation.set},
+            loss_target=loss_target(self._config),
+            total_steps=self._total_steps,
+        )
+
+    def _new_row(self) -> TrialRow:
+        point = {key: self._spec.point[key] for key in ("arm", "values", "seed", "stage")}
+        return TrialRow(id=self._trial.name, state="RUNNING", quantities=self._spec.quantities, **point)
+
+    def _find_generation(self, pointer: Pointer | None) -> Generation:
+        if pointer is not None and pointer.trial != self._trial.uri:
+            return clone(self._trial, pointer, self._spec.set)
+        return newest_generation(self._trial)
+
+    def _recorded_reports(self) -> list[Report]:
+        """The reports in the folder that Tune has not seen; of a population only the last, for it is judged as it goes."""
+        records = [
+            record for record in read_records(self._generation.folder) if any(k.startswith("eval/") for k in record.values)
+        ]
+        reports = [Report(r.step, r.values) for r in records if self._after_step < r.step < self._total_steps]
+        return reports[-1:] if self._spec.sweep.scheduler.type == "pbt" else reports
+
+    @property
+    def pointer(self) -> Pointer:
+        """The state that another trial, or this one later, can go on from."""
+        return point_to(self._trial, self._generation.folder, step=max(0, self._row.step))
+
+    def next_result(self) -> dict[str, Any]:
+        """The next report, or the end, as a flat mapping.
+
+        Raises:
+            Exception: What ended the attempt, where another one may end better.
+        """
+        if self._failure is not None:
+            return self._end("FAILED", self._failure)
+        if self._replays:
+            return self._report(self._replays.popleft())
+        if self._row.state in ("STOPPED", "INFEASIBLE"):
+            return self._end(self._row.state, self._row.reason)
+        if is_finished(self._generation.folder):
+            return self._finish()
+        return self._train_on()
+
+    def _train_on(self) -> dict[str, Any]:
+        while True:
+            event = self._next_event()
+            if isinstance(event, Report):
+                return self._report(event)
+            if isinstance(event, Placed):
+                self._write(placement_group=event.group)
+            elif event.state == "KILLED":  # it was idle for too long, and goes on from where its folder stands by now
+                self._attempt, self._replays = None, deque(self._recorded_reports())
+                return self.next_result()
+            elif event.state == "FINISHED":
+                return self._finish()
+            else:
+                return self._end(event.state, event.reason, event.error)
+
+    def _next_event(self) -> Report | Placed | Ended:
+        if self._attempt is None:
+            try:
+                self._attempt = self._start()
+            except ConfigError as error:
+                return Ended("FAILED", str(error))
+        return self._attempt.next_event()
+
+    def _start(self) -> Attempt:
+        spec, folder = self._spec, self._generation.folder
+        device_type = "cuda" if self._config.scale.use_gpu else "cpu"
+        config, folder = prepare_run(
+            self._config, device_type=device_type, kind="trial", study=spec.study, parent_uid=spec.parent_uid, uri=folder.uri
+        )
+        lease = _wait_for_lease(folder)
+        self._write(state="RUNNING", reason=None)
+        return Attempt(config, folder, lease, after_step=self._after_step, total_steps=self._total_steps)
+
+    def _report(self, report: Report) -> dict[str, Any]:
+        measured = objective_values(report.values)
+        self._after_step = report.step
+        if self._attempt is not None:
+            self._write(step=report.step, objectives={**self._row.objectives, **measured})
+        return self._result(report.step, measured, state="RUNNING", done=False)
+
+    def _finish(self) -> dict[str, Any]:
+        """The final numbers, with the probe where the sweep is judged by it."""
+        folder = self._generation.folder
+        if "probe_top1" in self._spec.sweep.objective:
+            try:
+                probe_run(folder)
+            except ConfigError as error:
+                return self._end("FAILED", str(error))
+        last = next((record.values for record in reversed(read_records(folder)) if "eval/loss" in record.values), {})
+        final = (folder.read_json("final.json") or {"values": {}})["values"]
+        objectives = {**objective_values(final), **objective_values(last)}
+        self._write(state="FINISHED", reason=None, step=self._total_steps, objectives=objectives)
+        self._is_over = True
+        return self._result(self._total_steps, objectives, state="FINISHED", done=True)
+
+    def _end(self, state: TrialState, reason: str | None, error: BaseException | None = None) -> dict[str, Any]:
+        self._is_over = True
+        if not isinstance(error, LeaseLostError):  # then it is another's trial by now
+            self._write(state=state, reason=reason)
+        if error is not None:
+            raise error
+        end = {"reason": reason or ""} | ({"infeasible": reason} if state == "INFEASIBLE" else {})
+        return self._result(max(self._row.step, 0), {}, state=state, done=True) | end
+
+    def _result(self, step: int, measured: Mapping[str, float], *, state: TrialState, done: bool) -> dict[str, Any]:
+        return {"step": step, **self._row.quantities, **measured, "state": state, "done": done}
+
+    def _write(self, **changes: Any) -> None:
+        seconds = self._seconds_before + time.monotonic() - self._began
+        self._row = replace(self._row, seconds=seconds, **changes)
+        write_trial(self._trial, self._row)
+
+    def close(self, *, reason: str | None) -> bool:
+        """Gives the folder back; what was going on can go on from a checkpoint.
+
+        Args:
+            reason: Why it is no longer running, where it was and its end is not known.
+
+        Returns:
+            Whether the training has ended; a thread that hangs cannot be ended.
+        """
+        ended = self._attempt is None or self._attempt.stop()
+        if not self._is_over and self._attempt is not None:
+            written = read_trial(self._trial)
+            is_stopped = written is not None and written.state == "STOPPED"  # by the driver, which alone knows it
+            self._write(
+                state="STOPPED" if is_stopped else "KILLED", reason=written.reason if is_stopped and written else reason
+            )
+        return ended
+
+
+def _wait_for_lease(folder: RunFolder) -> Lease:
+    """Takes a run whose last holder may have died, or may be ending, in another actor of the same sweep.
+
+    Raises:
+        ConfigError: Somebody holds it for longer than a dead one could.
+    """
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            return Lease.take(folder)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
