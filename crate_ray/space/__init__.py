@@ -1,1 +1,25 @@
 """The space of a sweep: its points, what they may be, and which comes next. Arithmetic; neither Ray nor a run folder here."""
+
+from crate_ray.space.arms import ArmSpace, arm_config, arms, point_config
+from crate_ray.space.costs import quantities
+from crate_ray.space.matching import Match
+from crate_ray.space.plan import Plan, describe_refusals, feasible, make_plan
+from crate_ray.space.planner import Planner, make_planner
+from crate_ray.space.point import Point, Stage
+
+__all__ = [
+    "ArmSpace",
+    "Match",
+    "Plan",
+    "Planner",
+    "Point",
+    "Stage",
+    "arm_config",
+    "arms",
+    "describe_refusals",
+    "feasible",
+    "make_plan",
+    "make_planner",
+    "point_config",
+    "quantities",
+]

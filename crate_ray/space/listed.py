@@ -1,0 +1,53 @@
+"""The planner of grid and random search: all points are known from the start.
+
+In: a Plan. Out: its points, arms in turns. Nothing is learnt from results, so nothing needs a file: the same sweep plans the
+same list, and what earlier sessions ended is left out of it.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from crate_ray.space.plan import Plan
+from crate_ray.space.point import Point
+
+
+class ListedPlanner:
+    """Hands out a list; see `Planner`."""
+
+    def __init__(self, plan: Plan, *, most: int | None = None) -> None:
+        """Args: plan: Points of every arm. most: Trials over all arms; the first ones of the list."""
+        turns = itertools.zip_longest(*plan.points.values())
+        points = [point for turn in turns for point in turn if point is not None]
+        self._points = points[:most]
+        self.total: int | None = len(self._points)
+        self.refused: Mapping[str, int] = plan.refused
+        self.matches = plan.matches
+        self._next = 0
+        self._done: set[str] = set()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """See Planner."""
+        self._skip_done()
+        return self._next == len(self._points)
+
+    def ask(self) -> Point | None:
+        """See Planner."""
+        if self.is_exhausted:
+            return None
+        self._next += 1
+        return self._points[self._next - 1]
+
+    def tell(self, point: Point, values: Mapping[str, float]) -> None:
+        """See Planner; a list does not learn."""
+
+    def tell_infeasible(self, point: Point, reason: str) -> None:
+        """See Planner; a list does not learn."""
+
+    def restore(self, done: Sequence[tuple[Point, Mapping[str, float] | None]]) -> None:
+        """See Planner."""
+        self._done = {point.key for point, _ in done}
+
+    def _skip_done(self) -> None:
+        while self._next < len(self._points) and self._points[self._next].key in self._done:
+            self._next += 1
