@@ -1,11 +1,6 @@
 """A trial and its folder, without a cluster: what is trained, what is only reported again, and what is left behind."""
 
-import json
-import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
