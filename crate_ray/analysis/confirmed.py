@@ -43,6 +43,11 @@ class Confirmed:
     rows: tuple[TrialRow, ...]
     place: int | None
 
+    @property
+    def loss_target(self) -> Mapping[str, Any]:
+        """What its loss asks; the same in every seed."""
+        return self.rows[0].loss_target if self.rows else {}
+
     def value_of(self, objective: str) -> float | None:
         """Mean of any objective over the finished seeds; None where a seed lacks it."""
         values = [row.value_of(objective) for row in self.rows]

@@ -10,13 +10,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from crate_ray.config import LARGER_IS_BETTER, Domain, SweepConfig, is_exploratory
 from crate_ray.runs import TrialRow
 
 Position = Literal["lower edge", "upper edge", "inside", "single value", "no order"]
 _EDGE_SHARE = 0.1  # of a continuous range: nearer to an end than this counts as on it
+
+
+class HasLossTarget(Protocol):
+    """Whatever has a validation loss: a trial, or the mean of several."""
+
+    @property
+    def loss_target(self) -> Mapping[str, Any]:
+        """What its loss asks (see `runs.loss_target`)."""
+        ...
+
+
+Asked = TypeVar("Asked", bound=HasLossTarget)
 
 
 @dataclass(frozen=True)
@@ -113,17 +125,17 @@ def rank(rows: Sequence[TrialRow], sweep: SweepConfig) -> Ranking:
     return Ranking(objective, tuple(arms), is_exploratory(sweep))
 
 
-def same_question(rows: Sequence[TrialRow], objectives: Iterable[str]) -> list[tuple[dict[str, Any], list[TrialRow]]]:
-    """Groups of rows whose objectives may be compared, each with the parts of the loss's question in which groups differ.
+def same_question(candidates: Sequence[Asked], objectives: Iterable[str]) -> list[tuple[dict[str, Any], list[Asked]]]:
+    """Groups whose objectives may be compared, each with the parts of the loss's question in which groups differ.
 
     One group where the loss is not among the objectives.
     """
     if "eval_loss" not in objectives:
-        return [({}, list(rows))] if rows else []
-    groups: dict[tuple[Any, ...], list[TrialRow]] = {}
-    keys = sorted({key for row in rows for key in row.loss_target})
-    for row in rows:
-        groups.setdefault(tuple(row.loss_target.get(key) for key in keys), []).append(row)
+        return [({}, list(candidates))] if candidates else []
+    groups: dict[tuple[Any, ...], list[Asked]] = {}
+    keys = sorted({key for item in candidates for key in item.loss_target})
+    for item in candidates:
+        groups.setdefault(tuple(item.loss_target.get(key) for key in keys), []).append(item)
     differing = [i for i in range(len(keys)) if len({question[i] for question in groups}) > 1]
     return [({keys[i]: question[i] for i in differing}, group) for question, group in groups.items()]
 
@@ -131,6 +143,12 @@ def same_question(rows: Sequence[TrialRow], objectives: Iterable[str]) -> list[t
 def point_of(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
     """The keys of a point of the space: all that are not tuned."""
     return {key: value for key, value in values.items() if key not in sweep.tune}
+
+
+def own_values(values: Mapping[str, Any], sweep: SweepConfig, arm: str) -> dict[str, Any]:
+    """The values that tell a configuration apart: without keys that merely follow another one."""
+    domains = sweep.domains_of(arm)
+    return {key: value for key, value in values.items() if key not in domains or domains[key].of is None}
 
 
 def free_keys(sweep: SweepConfig, arm: str) -> list[str]:

@@ -78,13 +78,8 @@ def _fronts(
 ) -> list[Front]:
     """One front, or one for each question that the losses answer."""
     finished = [row for row in rows if row.stage == "screen" and row.state == "FINISHED"]
-    fronts = []
-    if sweep.confirm is None:
-        for target, group in same_question(finished, objectives):
-            fronts.append(Front(objectives, target, front(group, objectives), len(group)))
-        return fronts
-    for target, group in same_question([row for item in found for row in item.rows], objectives):
-        ids = {row.id for row in group}
-        of_group = [item for item in found if item.rows and item.rows[0].id in ids]
-        fronts.append(Front(objectives, target, front(of_group, objectives), len(of_group)))
-    return fronts
+    candidates: list[TrialRow | Confirmed] = [*finished] if sweep.confirm is None else [item for item in found if item.rows]
+    return [
+        Front(objectives, target, front(group, objectives), len(group))
+        for target, group in same_question(candidates, objectives)
+    ]

@@ -1,0 +1,291 @@
+"""The sections of a sweep's report, as Markdown.
+
+In: findings. Out: text. Every sentence follows from the numbers by a rule, so that a reader may believe what it says and
+notice what it leaves out. Tables show the head of a long list and say how long it is.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crate_ray.analysis.confirmed import ArmDifference, Confirmed
+from crate_ray.analysis.importance import Importance
+from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_text, values_text
+from crate_ray.analysis.ranking import ArmRanking, PointBest, Ranked
+from crate_ray.analysis.sweep_findings import Front, SweepFindings
+from crate_ray.config import Domain, SweepConfig
+from crate_ray.runs import TRIAL_STATES, TrialRow
+
+_SHOWN_TRIALS = 10  # of an arm
+_SHOWN_POINTS = 30
+_COST_NAMES = {
+    "trials": "trials",
+    "hours": "wall time (hours)",
+    "gpu_hours": "GPU-hours",
+    "cpu_hours": "CPU-hours",
+    "usd": "cost (USD)",
+}
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def what_was_swept(sweep: SweepConfig) -> str:
+    """Keys with their values, objectives, search, scheduler and seeds."""
+    entries = [("all arms", "space", sweep.space), *((arm, "space", one.space) for arm, one in sweep.arms.items())]
+    entries += (
+        [("all but " + sweep.match.to, f"solved for equal {sweep.match.quantity}", sweep.match.over)] if sweep.match else []
+    )
+    entries += [("all arms", "tuned at every point", sweep.tune)]
+    lines = [
+        (f"`{key}`", where, role, domain_text(domain)) for where, role, domains in entries for key, domain in domains.items()
+    ]
+    parts = [table(("key", "arm", "role", "values"), lines)] if lines else []
+    return "\n\n".join([*parts, bullets(_settings(sweep))])
+
+
+def _settings(sweep: SweepConfig) -> list[str]:
+    directions = [
+        f"{MEASURES[o].label} ({'higher' if MEASURES[o].is_larger_better else 'lower'} is better)" for o in sweep.objective
+    ]
+    lines = [f"Objective: {', '.join(directions)}.", f"Search: {sweep.search.method}. Scheduler: {_scheduler_text(sweep)}."]
+    if sweep.constraints:
+        lines.append("Constraints: " + "; ".join(f"`{rule}`" for rule in sweep.constraints) + ".")
+    lines.append(f"Screening: one seed ({sweep.screen.seed}).")
+    if sweep.confirm is not None:
+        of_what = "every point of the space" if sweep.confirm.per == "point" else "every arm"
+        lines[-1] += (
+            f" Confirmation: the best {sweep.confirm.top_k} of {of_what}, {sweep.confirm.seeds} fresh seeds from "
+            f"{sweep.confirm.first_seed}, to the end."
+        )
+    return lines
+
+
+def _scheduler_text(sweep: SweepConfig) -> str:
+    scheduler = sweep.scheduler
+    if scheduler.type == "none":
+        return "none, every trial runs to its end"
+    brackets = f", compared within {scheduler.num_brackets} classes of size" if scheduler.bracket_by else ""
+    grace = f", none before step {scheduler.grace_steps}" if scheduler.grace_steps else ""
+    return f"{scheduler.type}{grace}{brackets}"
+
+
+def domain_text(domain: Domain) -> str:
+    """The values of a key in words."""
+    listed = domain.grid or domain.choice
+    if listed is not None:
+        return ", ".join(value_text(value) for value in listed)
+    if domain.of is not None:
+        rule = f"{value_text(domain.times)} times it" if domain.times else f"by {dict(domain.map)}" if domain.map else "equal"
+        return f"follows `{domain.of}`: {rule}"
+    if domain.same_flops_as is not None:
+        return f"as many as cost the training FLOPs at {values_text(domain.same_flops_as)}"
+    if domain.quantized is not None:
+        low, high, step = domain.quantized
+        return f"{value_text(low)} to {value_text(high)} in steps of {value_text(step)}"
+    limits, kind = (domain.loguniform, ", uniform in the logarithm") if domain.loguniform else (domain.uniform, "")
+    assert limits is not None
+    return f"{value_text(limits[0])} to {value_text(limits[1])}{kind}" + (f", {domain.num} values" if domain.num else "")
+
+
+def counts(findings: SweepFindings, *, planned: int | None, refused: Mapping[str, int]) -> str:
+    """How many trials were planned, refused, and how those that started ended."""
+    lines = []
+    for stage in ("screen", "confirm"):
+        for arm in findings.arms:
+            states = Counter(row.state for row in findings.rows if (row.stage, row.arm) == (stage, arm))
+            if states:
+                lines.append((arm, stage, *(str(states[state]) for state in TRIAL_STATES), str(states.total())))
+    parts = [table(("arm", "stage", *(state.lower() for state in TRIAL_STATES), "all"), lines)]
+    notes = [f"Planned: {planned} screening trials."] if planned is not None else []
+    notes += [f"Refused before they cost anything: {count} points, {reason}." for reason, count in refused.items()]
+    for state, verb in (("INFEASIBLE", "Infeasible"), ("FAILED", "Failed"), ("KILLED", "Killed")):
+        reasons = Counter(row.reason or "no reason recorded" for row in findings.rows if row.state == state)
+        notes += [f"{verb}: {count} trials, {reason}." for reason, count in reasons.most_common()]
+    return "\n\n".join([*parts, *([bullets(notes)] if notes else [])])
+
+
+def comparison(findings: SweepFindings) -> str:
+    """Confirmed means with intervals, and the paired differences between arms."""
+    if findings.sweep.confirm is None:
+        return "The sweep has no confirm stage: one seed a trial, so nothing here compares arms."
+    if not findings.has_confirmed:
+        return "No confirm run has finished yet."
+    measure = MEASURES[findings.sweep.objective[0]]
+    header = ("arm", "configuration", "encoder params (M)", "GFLOPs/image", f"{measure.axis}, mean [95%]", "seeds", "missing")
+    parts = [table(header, [_confirmed_cells(item, measure) for item in findings.confirmed])]
+    if findings.differences:
+        parts.append("Differences, each arm with its best configuration of the screening:")
+        parts.append(bullets([line for item in findings.differences for line in _difference_lines(item)]))
+    return "\n\n".join(parts)
+
+
+def _confirmed_cells(item: Confirmed, measure: Measure) -> list[str]:
+    mean = measure.text(item.value_of(item.objective))
+    if item.interval is not None:
+        mean += f" [{measure.text(item.interval.low)}, {measure.text(item.interval.high)}]"
+    missing = "; ".join(f"{seed}: {why}" for seed, why in item.missing.items()) or "none"
+    sizes = [MEASURES[name].text(item.value_of(name)) for name in ("encoder_params_m", "gflops")]
+    return [item.arm, values_text(item.values), *sizes, mean, str(len(item.by_seed)), missing]
+
+
+def _difference_lines(item: ArmDifference) -> list[str]:
+    where = f"At {values_text(item.point)}: " if item.point else ""
+    dropped = "; ".join(f"seed {seed}: {why}" for seed, why in item.dropped.items())
+    return [where + item.sentence() + (f" Left out of the pairs: {dropped}." if dropped else "")]
+
+
+def rankings(findings: SweepFindings) -> str:
+    """The head of every arm's ranking, and the best of `tune` at every point of its space."""
+    parts = []
+    if findings.ranking.exploratory:
+        parts.append(f"**Exploratory**, {findings.ranking.exploratory}. These places rank no sizes and no families.")
+    for arm in findings.ranking.arms:
+        parts += [
+            f"### {arm.arm}" + (f" at {values_text(arm.target)}" if arm.target else ""),
+            *_arm_ranking(arm, findings.sweep),
+        ]
+    return "\n\n".join(parts) or "No trial has ended yet."
+
+
+def _arm_ranking(arm: ArmRanking, sweep: SweepConfig) -> list[str]:
+    objectives = list(dict.fromkeys([*sweep.objective, "encoder_params_m", "gflops"]))
+    header = ("place", "configuration", *(MEASURES[name].axis for name in objectives), "trial", "ended")
+    shown = arm.trials[:_SHOWN_TRIALS]
+    parts = [table(header, [_trial_cells(trial, objectives) for trial in shown])] if shown else ["No trial has a value."]
+    notes = [f"{len(arm.trials) - len(shown)} more trials follow."] if len(arm.trials) > len(shown) else []
+    notes += [f"Without a place: {', '.join(f'{n} {why}' for why, n in arm.unranked.items())}."] if arm.unranked else []
+    parts += [" ".join(notes)] if notes else []
+    if sweep.tune and len(arm.points) > 1:
+        parts += ["Best of the tuned keys at every point:", _points_table(arm.points, sweep)]
+    return parts
+
+
+def _trial_cells(trial: Ranked, objectives: Sequence[str]) -> list[str]:
+    row = trial.row
+    values = [MEASURES[name].text(row.value_of(name)) for name in objectives]
+    ended = (
+        "at its end"
+        if trial.step is None
+        else f"stopped at step {trial.step}" + (f" of {row.total_steps}" if row.total_steps else "")
+    )
+    return [str(trial.place), values_text(row.values), *values, f"`{row.id}`", ended]
+
+
+def _points_table(points: Sequence[PointBest], sweep: SweepConfig) -> str:
+    measure = MEASURES[sweep.objective[0]]
+    names = key_names([tuned.key for tuned in points[0].tuned])
+    header = ("point", *(f"{name}, where on its grid" for name in names.values()), measure.axis, "finished trials")
+    lines = [
+        [
+            values_text(point.values),
+            *(f"{value_text(tuned.best)}, {tuned.position}" for tuned in point.tuned),
+            measure.text(point.best.value),
+            str(point.num_finished),
+        ]
+        for point in points[:_SHOWN_POINTS]
+    ]
+    more = f"\n\n{len(points) - _SHOWN_POINTS} more points follow." if len(points) > _SHOWN_POINTS else ""
+    return table(header, lines) + more
+
+
+def tuning(findings: SweepFindings) -> str:
+    """For every tuned key the best value of each arm and where it lies, then over all points."""
+    best = [(arm, arm.best) for arm in findings.ranking.arms if arm.best is not None]
+    if not findings.sweep.tune or not best:
+        return "Nothing was tuned." if not findings.sweep.tune else "No trial has finished yet."
+    lines = [
+        (
+            f"`{tuned.key}`",
+            arm.arm + (f" at {values_text(arm.target)}" if arm.target else ""),
+            value_text(tuned.best),
+            tuned.position,
+        )
+        for arm, point in best
+        for tuned in point.tuned
+    ]
+    notes = [
+        f"`{key}` over all {positions.total()} points: "
+        + ", ".join(f"{position} at {number}" for position, number in sorted(positions.items()))
+        + "."
+        for key, positions in findings.ranking.positions().items()
+    ]
+    return "\n\n".join([table(("key", "arm", "best value", "where on its grid"), lines), bullets(notes)])
+
+
+def fronts(findings: SweepFindings) -> str:
+    """A table for every front."""
+    of_what = (
+        "means of confirmed configurations" if findings.sweep.confirm else "screening trials on one seed, which flatters them"
+    )
+    parts = [f"Candidates are {of_what}." if findings.fronts else "No candidate has finished yet."]
+    for item in findings.fronts:
+        parts += [
+            f"**{_front_title(item)}**: {len(item.members)} of {item.num_candidates} are on the front.",
+            _front_table(item),
+        ]
+    return "\n\n".join(parts)
+
+
+def _front_title(item: Front) -> str:
+    ways = [f"{MEASURES[name].label} ({'up' if MEASURES[name].is_larger_better else 'down'})" for name in item.objectives]
+    return " against ".join(ways) + (f", at {values_text(item.target)}" if item.target else "")
+
+
+def _front_table(item: Front) -> str:
+    header = ("arm", "configuration", *(MEASURES[name].axis for name in item.objectives))
+    last = item.objectives[-1]
+    members = sorted(item.members, key=lambda member: (member.value_of(last) or 0.0, member.arm))
+    return table(
+        header,
+        [
+            [member.arm, values_text(member.values), *(MEASURES[name].text(member.value_of(name)) for name in item.objectives)]
+            for member in members
+        ],
+    )
+
+
+def importance(found: Sequence[Importance]) -> str:
+    """A line for every arm: shares, or why there are none."""
+    return bullets([_importance_line(item) for item in found]) if found else "No trial has ended yet."
+
+
+def _importance_line(item: Importance) -> str:
+    if item.why_not:
+        return f"{item.arm}: none, {item.why_not}."
+    names = key_names(list(item.shares))
+    shares = ", ".join(f"{names[key]} {100 * share:.0f}%" for key, share in item.shares.items())
+    rest = max(0.0, 1 - sum(item.shares.values()))
+    return f"{item.arm}: {shares}, together and unexplained {100 * rest:.0f}%, over {item.num_trials} finished trials."
+
+
+def cost(rows: Sequence[TrialRow], forecast: Mapping[str, Any], spent: Mapping[str, Any]) -> str:
+    """The forecast beside what was spent, with its error."""
+    hours = sum(row.seconds for row in rows) / 3600
+    held = f"The trials held their resources for {hours:.2f} hours together."
+    keys = [key for key in forecast if _is_number(forecast[key]) and _is_number(spent.get(key))]
+    lines = [
+        (
+            _COST_NAMES.get(key, key.replace("_", " ")),
+            f"{forecast[key]:.3g}",
+            f"{spent[key]:.3g}",
+            _error(forecast[key], spent[key]),
+        )
+        for key in keys
+    ]
+    return "\n\n".join([*([table(("", "forecast", "spent", "error of the forecast"), lines)] if lines else []), held])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _error(forecast: float, spent: float) -> str:
+    return f"{100 * (forecast - spent) / spent:+.0f}%" if spent else "-"
