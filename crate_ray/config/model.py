@@ -19,8 +19,9 @@ class ModelConfig(Frozen):
     """Architecture of one masked autoencoder or classifier.
 
     `ista_step_size` (eta) and `ista_lambda` are one number, or one for each encoder layer.
-    Keys left out take the published value of the family. With `num_classes` the model is a classifier, and the keys of mask
-    and decoder say nothing.
+    Keys left out take the published value of the family; `attention`, `feedforward`, `mlp_ratio` and `share_layers` change
+    the encoder alone, and at the family's value they are None, so that one model has one identity. With `num_classes` the
+    model is a classifier, and the keys of mask and decoder say nothing.
     """
 
     family: Literal["crate", "vit"]
@@ -49,10 +50,11 @@ class ModelConfig(Frozen):
         None, description="what a classifier's head reads: class token or mean of the patches"
     )
     attention: Literal["tied", "untied"] | None = Field(
-        None, description="of the encoder: queries, keys and values one projection or three; default: as the family has it"
+        None,
+        description="of the encoder: queries, keys and values one projection or three; default, and null: as the family has it",
     )
     feedforward: Literal["ista", "mlp"] | None = Field(
-        None, description="of the encoder's second half-layer; default: as the family has it"
+        None, description="of the encoder's second half-layer; default, and null: as the family has it"
     )
     mlp_ratio: float | None = Field(None, gt=0, description="hidden width of an encoder's perceptron over its width; default 4")
     share_layers: Literal[True] | None = Field(
@@ -127,11 +129,7 @@ class ModelConfig(Frozen):
                 f"mask_ratio = {self.mask_ratio} is no share of the patches, and a classifier hides none: leave mask_ratio out"
             )
         self._check_classifier()
-        if self.family == "vit" and self.ista_learnable != "none":
-            raise ValueError(
-                f"ista_learnable = {self.ista_learnable} trains step sizes and lambdas, and family vit has none: leave it "
-                "out, or set family to crate"
-            )
+        self._check_ablation()
         for name in ("ista_step_size", "ista_lambda"):
             value = getattr(self, name)
             layers = value if isinstance(value, tuple) else (value,) * self.encoder_depth
@@ -167,6 +165,30 @@ class ModelConfig(Frozen):
                 f"family = {self.family}, embedding = normed, pool = {self.pool}: no such classifier; valid: the published one "
                 "(family crate, embedding normed, pool cls), or embedding linear with either family and either pool"
             )
+
+    def _check_ablation(self) -> None:
+        """Refuses keys of a half-layer that the encoder does not have."""
+        without_ista = "feedforward = mlp" if self.feedforward else "family vit"
+        if not self.has_ista and self.ista_learnable != "none":
+            raise ValueError(
+                f"ista_learnable = {self.ista_learnable} trains step sizes and lambdas, and {without_ista} has none: leave it "
+                "out, or use an encoder that has ISTA steps (family crate)"
+            )
+        if self.has_ista and self.mlp_ratio is not None:
+            raise ValueError(
+                f"mlp_ratio = {self.mlp_ratio:g} is of a perceptron, and this encoder has ISTA steps: leave it out, or set "
+                "feedforward to mlp"
+            )
+        if not self.has_ista and self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio = {self.mlp_ratio:g} of width = {self.width} is no hidden unit; use a larger ratio")
+        if self.attention == "tied" and self.qkv_bias:
+            raise ValueError(
+                "qkv_bias = True is of three projections, and attention = tied has one, without a bias: leave qkv_bias out"
+            )
+        lists = [name for name in ("ista_step_size", "ista_lambda") if isinstance(getattr(self, name), tuple)]
+        if self.share_layers and (self.encoder_depth == 1 or lists):
+            reason = "encoder_depth = 1 has one layer" if self.encoder_depth == 1 else f"{lists[0]} has a value for each layer"
+            raise ValueError(f"share_layers = True makes all layers one, and {reason}: leave share_layers out, or change that")
 
     def _check_masking(self) -> None:
         n = self.num_patches
@@ -218,6 +240,33 @@ class ModelConfig(Frozen):
                 )
 
     @property
+    def ablation(self) -> tuple[str, ...]:
+        """How the encoder's layers differ from its family's, as in ("untied", "mlp", "r0.5"); no published code has such."""
+        ratio = None if self.mlp_ratio is None else f"r{self.mlp_ratio:g}"
+        words = (self.attention, self.feedforward, ratio, "shared" if self.share_layers else None)
+        return tuple(word for word in words if word is not None)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether queries, keys and values of an encoder layer are one projection."""
+        return self.attention == "tied" if self.attention else self.family == "crate"
+
+    @property
+    def has_ista(self) -> bool:
+        """Whether the second half of an encoder layer is an ISTA step, and not a perceptron."""
+        return self.feedforward == "ista" if self.feedforward else self.family == "crate"
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Encoder layers with weights of their own: one where all share it."""
+        return 1 if self.share_layers else self.encoder_depth
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden units of an encoder layer's perceptron."""
+        return round((_MLP_RATIO if self.mlp_ratio is None else self.mlp_ratio) * self.width)
+
+    @property
     def width_ratio(self) -> float:
         """Of mup: how many times as wide as its base model it is; 1 in the standard parametrization."""
         if self.parametrization == "standard":
@@ -241,6 +290,7 @@ class ModelConfig(Frozen):
         return value if isinstance(value, tuple) else (value,) * self.encoder_depth
 
 
+_MLP_RATIO = 4
 _SCALED = ("num_heads", "decoder_width", "decoder_num_heads")
 
 
@@ -269,7 +319,7 @@ def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
         "decoder_num_heads": values.get("num_heads"),
         "decoder_depth": 8 if vit else values.get("encoder_depth"),
         "ista_lambda": 0.1 if published_classifier else 0.5,
-        "qkv_bias": facebook,
+        "qkv_bias": facebook and values.get("attention") != "tied",
         "block_norm_eps": 1e-6 if facebook else 1e-5,
         "final_norm_eps": 1e-5 if published_classifier else 1e-6,
         "embedding": embedding if classifier else None,
@@ -281,7 +331,15 @@ def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
         if "decoder_num_heads" not in values:
             defaults["mup_base_decoder_num_heads"] = values.get("mup_base_num_heads")
     filled = {key: value for key, value in defaults.items() if values.get(key) is None and value is not None}
-    return {**values, **filled}
+    return {**values, **filled, **_unset_ablation(values, vit=vit)}
+
+
+def _unset_ablation(values: dict[str, Any], *, vit: bool) -> dict[str, Any]:
+    """What is asked for and is so in the family anyway becomes None; a sweep over both values names one model each."""
+    own = {"attention": "untied" if vit else "tied", "feedforward": "mlp" if vit else "ista", "share_layers": False}
+    if (values.get("feedforward") or own["feedforward"]) == "mlp":
+        own["mlp_ratio"] = _MLP_RATIO
+    return {key: None for key, value in own.items() if key in values and values[key] == value}
 
 
 def _crate(width: int, heads: int, depth: int) -> dict[str, Any]:

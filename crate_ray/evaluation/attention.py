@@ -29,8 +29,8 @@ class LayerView:
         number: From 1.
         cls_attention_BHN: Attention of the class token to each patch, per head. Its attention to itself is left out and
             the rest rescaled to sum 1, as in the published pictures.
-        keys_BND: Keys of the patches, heads side by side, class token dropped: U^T LN1(Z) for a CRATE layer, whose keys,
-            queries and values are one, and the k part of `qkv` for a transformer layer.
+        keys_BND: Keys of the patches, heads side by side, class token dropped: U^T LN1(Z) of tied attention, whose keys,
+            queries and values are one, and the k part of `qkv` of any other.
     """
 
     number: int
@@ -53,7 +53,7 @@ def view_layers(model: MaskedAutoencoder | Classifier, images_BCHW: Tensor) -> I
     """
     device = next(model.parameters()).device
     parts = [model.embed(part.to(device)) for part in torch.split(images_BCHW, BATCH)]
-    for number, block in enumerate(model.blocks, start=1):
+    for number, block in enumerate(model.encoder_layers, start=1):
         seen = [_look(block, part) for part in parts]
         attention, keys = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
         yield LayerView(number, attention, keys)

@@ -3,7 +3,7 @@
 In: a model and normalised whole images. Out: one LayerMeasures an encoder layer. The layers are walked step by step
 instead of hooked, so that what is measured can be read here; a test holds the walk to the model's own forward pass.
 Everything runs in float32, whatever surrounds the call. A number that is not defined is None and makes no metric:
-a transformer layer has no subspaces that queries, keys and values share, and no sparse code, so none of these.
+without tied attention a layer has no subspaces that queries, keys and values share, without ISTA no sparse code.
 
 Shapes: B images, N tokens with the class token, D width, H heads, P = D / H head width.
 C = H P basis vectors.
@@ -22,7 +22,7 @@ from torch.nn import functional
 from crate_ray.evaluation.coding_rate import coding_rate
 from crate_ray.evaluation.spectrum import LatentMeasures
 from crate_ray.models import Classifier, MaskedAutoencoder
-from crate_ray.models.blocks import CrateEncoderLayer, IstaStep, SubspaceAttention
+from crate_ray.models.blocks import CrateEncoderLayer, IstaStep, SubspaceAttention, TransformerLayer
 
 POWER_ITERATIONS = 200
 
@@ -52,17 +52,17 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class LayerStates:
-    """The tensors inside one CRATE encoder layer.
+    """The tensors inside one encoder layer.
 
     Attributes:
-        pre_BHNP: U_h^T LN1(Z), which attention uses as query, key and value.
-        post_BHNP: U_h^T LN1(Z') after attention.
-        ista_input_BND: y = LN2(Z').
-        code_BND: The layer's output, ISTA(y).
+        pre_BHNP: U_h^T LN1(Z), which tied attention uses as query, key and value; None for another.
+        post_BHNP: U_h^T LN1(Z') after attention; None likewise.
+        ista_input_BND: y = LN2(Z'); of a layer with a perceptron its input.
+        code_BND: The layer's output: ISTA(y), or Z' + MLP(y).
     """
 
-    pre_BHNP: Tensor
-    post_BHNP: Tensor
+    pre_BHNP: Tensor | None
+    post_BHNP: Tensor | None
     ista_input_BND: Tensor
     code_BND: Tensor
 
@@ -77,21 +77,21 @@ def measure_layers(model: MaskedAutoencoder | Classifier, images_BCHW: Tensor) -
         images_BCHW: Normalised, on the model's device.
 
     Returns:
-        One entry a layer; for transformer layers every field is None.
+        One entry a layer, as they are applied; for transformer layers every field is None.
 
     Raises:
-        ConfigError: Images of another shape than the model's.
+        ConfigError: Images of another shape than the model's, where there is something to measure.
     """
+    if not (model.config.is_tied or model.config.has_ista):
+        return [LayerMeasures()] * model.config.encoder_depth
     measures = []
     with _frozen_float32(model) as frozen:
         z_BND = frozen.embed(images_BCHW.float())
-        for layer in frozen.blocks:
-            if isinstance(layer, CrateEncoderLayer):
-                states = layer_states(layer, z_BND)
-                measures.append(_measure(layer, states))
-                z_BND = states.code_BND
-            else:
-                measures.append(LayerMeasures())
+        for layer in frozen.encoder_layers:
+            assert isinstance(layer, CrateEncoderLayer | TransformerLayer)
+            states = layer_states(layer, z_BND)
+            measures.append(LayerMeasures(**_measure_attention(layer, states), **_measure_ista(layer, states)))
+            z_BND = states.code_BND
     return measures
 
 
@@ -106,16 +106,17 @@ def patch_latents(model: MaskedAutoencoder | Classifier, images_BCHW: Tensor) ->
         return frozen.encode(images_BCHW.float())[:, 1:].flatten(0, 1)
 
 
-def layer_states(layer: CrateEncoderLayer, z_BND: Tensor) -> LayerStates:
+def layer_states(layer: CrateEncoderLayer | TransformerLayer, z_BND: Tensor) -> LayerStates:
     """The layer's forward pass with its inner tensors."""
     normed_BND = layer.norm1(z_BND)
     half_BND = z_BND + layer.attn(normed_BND)
-    ista_input_BND = layer.norm2(half_BND)
+    second_BND = layer.norm2(half_BND)
+    attention = layer.attn if isinstance(layer.attn, SubspaceAttention) else None
     return LayerStates(
-        pre_BHNP=layer.attn.project(normed_BND),
-        post_BHNP=layer.attn.project(layer.norm1(half_BND)),
-        ista_input_BND=ista_input_BND,
-        code_BND=layer.ista(ista_input_BND),
+        pre_BHNP=attention.project(normed_BND) if attention else None,
+        post_BHNP=attention.project(layer.norm1(half_BND)) if attention else None,
+        ista_input_BND=second_BND,
+        code_BND=layer.ista(second_BND) if isinstance(layer, CrateEncoderLayer) else half_BND + layer.mlp(second_BND),
     )
 
 
@@ -204,16 +205,27 @@ def subspace_overlap(attention: SubspaceAttention) -> float | None:
     return (squares * heads / width - heads) / (heads * (heads - 1))
 
 
-def _measure(layer: CrateEncoderLayer, states: LayerStates) -> LayerMeasures:
-    return LayerMeasures(
-        coding_rate_pre_nats=float(coding_rate(states.pre_BHNP).mean()),
-        coding_rate_post_nats=float(coding_rate(states.post_BHNP).mean()),
-        nonzero_fraction=float((states.code_BND != 0).float().mean()),
-        ista_descent_ratio=ista_descent_ratio(layer.ista),
-        ista_objective_ratio=ista_objective_ratio(layer.ista, states.ista_input_BND, states.code_BND),
-        dictionary_coherence=mutual_coherence(layer.ista.dictionary),
-        subspace_overlap=subspace_overlap(layer.attn),
-    )
+def _measure_attention(layer: CrateEncoderLayer | TransformerLayer, states: LayerStates) -> dict[str, float | None]:
+    if not isinstance(layer.attn, SubspaceAttention):
+        return {}
+    assert states.pre_BHNP is not None
+    assert states.post_BHNP is not None
+    return {
+        "coding_rate_pre_nats": float(coding_rate(states.pre_BHNP).mean()),
+        "coding_rate_post_nats": float(coding_rate(states.post_BHNP).mean()),
+        "subspace_overlap": subspace_overlap(layer.attn),
+    }
+
+
+def _measure_ista(layer: CrateEncoderLayer | TransformerLayer, states: LayerStates) -> dict[str, float | None]:
+    if not isinstance(layer, CrateEncoderLayer):
+        return {}
+    return {
+        "nonzero_fraction": float((states.code_BND != 0).float().mean()),
+        "ista_descent_ratio": ista_descent_ratio(layer.ista),
+        "ista_objective_ratio": ista_objective_ratio(layer.ista, states.ista_input_BND, states.code_BND),
+        "dictionary_coherence": mutual_coherence(layer.ista.dictionary),
+    }
 
 
 def _objective(ista: IstaStep, y_BND: Tensor, z_BND: Tensor) -> float:

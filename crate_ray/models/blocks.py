@@ -1,9 +1,12 @@
-"""The layers: CRATE encoder and decoder layer, transformer layer.
+"""The layers: CRATE encoder and decoder layer, transformer layer, and the two encoder layers between them.
 
 In: tokens (B, N, D). Out: tokens of the same shape. The ISTA step is computed with two matrix products
 instead of the published three, which is the same algebra at 8 instead of 10 N D^2 operations a layer;
 attention is fused where that was measured to be faster (`attend`). A layer of a decoder can be asked for some tokens only:
 whatever only other tokens would need is then left out, and the tokens asked for come out the same.
+
+An encoder layer has two halves: attention, tied (`SubspaceAttention`) or not (`SelfAttention`), and ISTA without a residual or
+a perceptron with one. The second half names the class: `CrateEncoderLayer` has ISTA, `TransformerLayer` the perceptron.
 
 Shapes: B batch, N tokens with the class token, M tokens asked for, D width, H heads, P = D / H head width.
 """
@@ -121,6 +124,10 @@ class IstaStep(nn.Module):
         return functional.relu(y_BND + self.step_size * (ascent_BND - self.lam))
 
 
+def _attention(width: int, num_heads: int, *, tied: bool, qkv_bias: bool) -> "SubspaceAttention | SelfAttention":
+    return SubspaceAttention(width, num_heads) if tied else SelfAttention(width, num_heads, qkv_bias=qkv_bias)
+
+
 class CrateEncoderLayer(nn.Module):
     r"""Compression, then sparsification.
 
@@ -128,14 +135,24 @@ class CrateEncoderLayer(nn.Module):
 
     Z: tokens, D x N. Source: arXiv:2306.01129 and, for the autoencoder, Pai et al. (arXiv:2404.02446).
     The residual is taken before LN_1, as in the published code; a figure of arXiv:2311.13110 draws it after.
+    Not published: without `tied`, the attention of a transformer in the place of MSSA.
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, eps: float, step_size: float, lam: float, learnable: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        eps: float,
+        step_size: float,
+        lam: float,
+        learnable: bool = False,
+        tied: bool = True,
+        qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SubspaceAttention(width, num_heads)
+        self.attn = _attention(width, num_heads, tied=tied, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.ista = IstaStep(width, step_size=step_size, lam=lam, learnable=learnable)
 
@@ -201,12 +218,13 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between, hidden width 4D."""
+    """Two linear layers with an exact GELU between; 4D hidden units unless told otherwise."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden_width: int | None = None) -> None:
         super().__init__()
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        hidden_width = 4 * width if hidden_width is None else hidden_width
+        self.fc1 = Linear(width, hidden_width)
+        self.fc2 = Linear(hidden_width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """The perceptron without the residual."""
@@ -220,14 +238,17 @@ class TransformerLayer(nn.Module):
 
     X: tokens, D x N. Source: Dosovitskiy et al. 2021, equations 2 and 3. The baseline in the CRATE repository has
     no bias on Q, K, V and LayerNorm eps 1e-5; the published MAE has the bias and 1e-6.
+    Not published: with `tied`, MSSA in the place of the attention, which has no bias to set; a perceptron of other width.
     """
 
-    def __init__(self, width: int, num_heads: int, *, eps: float, qkv_bias: bool) -> None:
+    def __init__(
+        self, width: int, num_heads: int, *, eps: float, qkv_bias: bool, tied: bool = False, mlp_width: int | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SelfAttention(width, num_heads, qkv_bias=qkv_bias)
+        self.attn = _attention(width, num_heads, tied=tied, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, mlp_width)
 
     def forward(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
         """X^{l+1} from X^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
-from crate_ray.models.layers import check_images, encoder_layers, initialise_linear
+from crate_ray.models.layers import check_images, encoder_layers, in_order, initialise_linear
 from crate_ray.models.parametrization import scale_initialisation
 from crate_ray.models.patches import patchify, sincos_positions
 
@@ -58,6 +58,11 @@ class Classifier(nn.Module):
         scale_initialisation(self, config)
 
     @property
+    def encoder_layers(self) -> list[nn.Module]:
+        """The encoder's layers as they are applied, first first; one whose weights are shared stands there many times."""
+        return in_order(self.blocks, self.config)
+
+    @property
     def num_patches(self) -> int:
         """N, without the class token."""
         return self.config.num_patches
@@ -91,7 +96,7 @@ class Classifier(nn.Module):
 
     def _run_encoder(self, images_BCHW: Tensor) -> Tensor:
         z_BND = self.embed(images_BCHW)
-        for block in self.blocks:
+        for block in self.encoder_layers:
             z_BND = block(z_BND)
         return z_BND
 

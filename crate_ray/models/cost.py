@@ -8,6 +8,10 @@ this project executes (two products in ISTA; last decoder layer and prediction h
 With d width, N tokens of a sequence, class token included:
   CRATE layer        3 d^2 + 5 d parameters;  encoder 8 N d^2 + 4 N^2 d, published 10 N d^2; decoder 6 N d^2 + 4 N^2 d
   transformer layer  12 d^2 + 13 d, without the bias on Q, K, V 12 d^2 + 10 d;  24 N d^2 + 4 N^2 d
+Of an encoder layer the halves may be swapped (ablations), with m hidden units of the perceptron:
+  attention     tied 2 d^2 + d, 4 N d^2 + 4 N^2 d;  untied 4 d^2 + d and 3 d with bias, 8 N d^2 + 4 N^2 d
+  second half   ISTA d^2, 4 N d^2 (published 6 N d^2);  perceptron 2 m d + m + d, 4 N m d;  four d of the norms come to either
+Layers that share their weights have the parameters of one and the operations of all.
 A decoder layer that gives M tokens of N: CRATE 4 N d^2 + 2 M d^2 + 4 M N d;  transformer 4 N d^2 + 20 M d^2 + 4 M N d.
 A CRATE layer of one head has no output projection: d^2 + d parameters and 2 N d^2 operations less.
 """
@@ -27,7 +31,7 @@ class ParameterCount:
 
     paper: int
     """As papers print it: the published class, with frozen position tables and, for `encoder_tokens` all, its unused
-    `decoder_embed`."""
+    `decoder_embed`. An ablation, which nobody published, is counted in the same way."""
     total: int
     """This project's model with its position tables: what a weights file holds."""
     trainable: int
@@ -44,7 +48,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts a configuration's parameters."""
     d, e, patch_values = config.width, config.decoder_width, 3 * config.patch_size**2
     positions = 1 + config.num_patches
-    encoder = (patch_values * d + d) + d + config.encoder_depth * _encoder_layer_parameters(config) + 2 * d
+    encoder = (patch_values * d + d) + d + config.num_encoder_layers * _encoder_layer_parameters(config) + 2 * d
     if config.num_classes is not None:
         encoder += positions * d + (2 * patch_values + 2 * d if config.embedding == "normed" else 0)
         total = encoder + d * config.num_classes + config.num_classes
@@ -101,31 +105,33 @@ def training_flops_per_image(config: ModelConfig) -> int:
 
 
 def _encoder_layer_parameters(config: ModelConfig) -> int:
-    if config.family == "vit":
-        return _transformer_layer_parameters(config.width, qkv_bias=config.qkv_bias)
-    return _crate_layer_parameters(config.width, config.num_heads) + (2 if config.ista_learnable == "layer" else 0)
+    d, m = config.width, config.mlp_width
+    if config.is_tied:
+        attention = d * d + _projection_parameters(d, config.num_heads)
+    else:
+        attention = 4 * d * d + d + (3 * d if config.qkv_bias else 0)
+    learned_scalars = 2 if config.ista_learnable == "layer" else 0
+    second_half = d * d + learned_scalars if config.has_ista else 2 * m * d + m + d
+    return attention + second_half + 4 * d
 
 
 def _decoder_layer_parameters(config: ModelConfig) -> int:
+    d = config.decoder_width
     if config.family == "vit":
-        return _transformer_layer_parameters(config.decoder_width, qkv_bias=config.qkv_bias)
-    return _crate_layer_parameters(config.decoder_width, config.decoder_num_heads)
+        return 12 * d * d + 10 * d + (3 * d if config.qkv_bias else 0)
+    return 2 * d * d + 4 * d + _projection_parameters(d, config.decoder_num_heads)
 
 
-def _crate_layer_parameters(d: int, num_heads: int) -> int:
-    projection = d * d + d if num_heads > 1 else 0
-    return 2 * d * d + 4 * d + projection
-
-
-def _transformer_layer_parameters(d: int, *, qkv_bias: bool) -> int:
-    return 12 * d * d + 10 * d + (3 * d if qkv_bias else 0)
+def _projection_parameters(d: int, num_heads: int) -> int:
+    """Of subspace attention's output."""
+    return d * d + d if num_heads > 1 else 0
 
 
 def _encoder_flops(config: ModelConfig, n: int, ista_products: int) -> int:
-    if config.family == "vit":
-        return config.encoder_depth * _transformer_layer_flops(config.width, n)
-    ista = 2 * ista_products * n * config.width**2
-    return config.encoder_depth * (_subspace_attention_flops(config.width, config.num_heads, n) + ista)
+    d = config.width
+    attention = _subspace_attention_flops(d, config.num_heads, n) if config.is_tied else 8 * n * d * d + 4 * n * n * d
+    second_half = 2 * ista_products * n * d * d if config.has_ista else 4 * n * config.mlp_width * d
+    return config.encoder_depth * (attention + second_half)
 
 
 def _decoder_layer_flops(config: ModelConfig, n: int, given: int | None = None) -> int:

@@ -62,6 +62,11 @@ def published_state(model: Model, format: str) -> PublishedState:
 
 
 def _published_layout(config: ModelConfig, format: str) -> Layout:
+    if config.ablation:
+        raise ConfigError(
+            f"--format {format} cannot hold this model: its encoder layers are an ablation ({' '.join(config.ablation)}), "
+            "which no published class has; valid are safetensors, torch-export, onnx"
+        )
     is_classifier = config.num_classes is not None
     if format == "mae" and config.family == "vit":
         return "mae-finetune" if is_classifier else "mae"

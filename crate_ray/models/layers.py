@@ -1,7 +1,8 @@
 """Stacks of layers from a configuration, and what else the autoencoder and the classifier share.
 
 In: a ModelConfig. Out: the encoder's and the decoder's `nn.ModuleList`. The one place that
-knows which family uses which layer.
+knows which family uses which layer. Ablations (`attention`, `feedforward`, `mlp_ratio`, `share_layers`) are of the encoder: the
+decoder is discarded after pretraining and stays the family's.
 """
 
 from torch import Tensor, nn
@@ -11,17 +12,15 @@ from crate_ray.models.blocks import CrateDecoderLayer, CrateEncoderLayer, Transf
 
 
 def encoder_layers(config: ModelConfig) -> nn.ModuleList:
-    """The encoder, first layer first."""
-    if config.family == "vit":
-        return _transformer_layers(config, config.encoder_depth, config.width, config.num_heads)
+    """The encoder's layers, first layer first; one where all share it (`in_order` gives them as they are applied)."""
     steps, lambdas = config.per_layer("ista_step_size"), config.per_layer("ista_lambda")
-    learnable = config.ista_learnable == "layer"
-    return nn.ModuleList(
-        CrateEncoderLayer(
-            config.width, config.num_heads, eps=config.block_norm_eps, step_size=eta, lam=lam, learnable=learnable
-        )
-        for eta, lam in zip(steps, lambdas, strict=True)
-    )
+    values = list(zip(steps, lambdas, strict=True))[: config.num_encoder_layers]
+    return nn.ModuleList(_encoder_layer(config, eta, lam) for eta, lam in values)
+
+
+def in_order(blocks: nn.ModuleList, config: ModelConfig) -> list[nn.Module]:
+    """The encoder's layers as they are applied, `encoder_depth` of them: a shared one stands there as often."""
+    return list(blocks) * (config.encoder_depth // len(blocks))
 
 
 def decoder_layers(config: ModelConfig) -> nn.ModuleList:
@@ -60,6 +59,25 @@ def initialise_linear(model: nn.Module, *, patch_embed: nn.Linear) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None and module is not patch_embed:
                 nn.init.zeros_(module.bias)
+
+
+def _encoder_layer(config: ModelConfig, step_size: float, lam: float) -> CrateEncoderLayer | TransformerLayer:
+    eps, tied, qkv_bias = config.block_norm_eps, config.is_tied, config.qkv_bias
+    if not config.has_ista:
+        return TransformerLayer(
+            config.width, config.num_heads, eps=eps, qkv_bias=qkv_bias, tied=tied, mlp_width=config.mlp_width
+        )
+    learnable = config.ista_learnable == "layer"
+    return CrateEncoderLayer(
+        config.width,
+        config.num_heads,
+        eps=eps,
+        step_size=step_size,
+        lam=lam,
+        learnable=learnable,
+        tied=tied,
+        qkv_bias=qkv_bias,
+    )
 
 
 def _transformer_layers(config: ModelConfig, depth: int, width: int, num_heads: int) -> nn.ModuleList:

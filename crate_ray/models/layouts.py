@@ -148,7 +148,7 @@ def infer_architecture(state: Mapping[str, Any]) -> Architecture:
     patch_size = _whole_root(size("patch_embed.weight", 1, 2), 3)
     grid_side = _whole_root((size("pos_embed", 1, 3) or 0) - 1, 1)
     return Architecture(
-        family="crate" if "blocks.0.ista.dictionary" in shapes else "vit" if "blocks.0.mlp.fc1.weight" in shapes else None,
+        family=_family(shapes),
         encoder_depth=_depth(shapes, "blocks"),
         decoder_depth=_depth(shapes, "decoder_blocks"),
         width=size("patch_embed.weight", 0, 2),
@@ -160,6 +160,18 @@ def infer_architecture(state: Mapping[str, Any]) -> Architecture:
         is_normed="patch_norm.weight" in shapes,
         has_decoder=any(is_of_decoder(key) for key in state),
     )
+
+
+def _family(shapes: Mapping[str, tuple[int, ...]]) -> Literal["crate", "vit"] | None:
+    """The decoder's, which ablations leave alone; without one the encoder's, if both halves of its layers are of one family."""
+    if "decoder_blocks.0.dictionary" in shapes:
+        return "crate"
+    if "decoder_blocks.0.mlp.fc1.weight" in shapes:
+        return "vit"
+    rows, columns = shapes.get("blocks.0.attn.qkv.weight", (0, 0))
+    if "blocks.0.ista.dictionary" in shapes and rows == columns:
+        return "crate"
+    return "vit" if "blocks.0.mlp.fc1.weight" in shapes and rows == 3 * columns else None
 
 
 def is_of_decoder(key: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
-from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, initialise_linear
+from crate_ray.models.layers import check_images, decoder_layers, encoder_layers, in_order, initialise_linear
 from crate_ray.models.linear import Linear
 from crate_ray.models.parametrization import scale_initialisation
 from crate_ray.models.patches import Masking, draw_masking, normalise_patches, patchify, sincos_positions, take_tokens
@@ -68,6 +68,11 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(config.decoder_width, eps=config.final_norm_eps)
         self.decoder_pred = Linear(config.decoder_width, patch_values)
         self._initialise()
+
+    @property
+    def encoder_layers(self) -> list[nn.Module]:
+        """The encoder's layers as they are applied, first first; one whose weights are shared stands there many times."""
+        return in_order(self.blocks, self.config)
 
     @property
     def num_patches(self) -> int:
@@ -139,7 +144,7 @@ class MaskedAutoencoder(nn.Module):
         return torch.cat([cls_B1D, tokens_BND], dim=1)
 
     def _run_encoder(self, z_BND: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self.encoder_layers:
             z_BND = block(z_BND)
         return self.norm(z_BND)  # type: ignore[no-any-return]
 

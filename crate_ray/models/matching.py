@@ -14,6 +14,8 @@ from crate_ray.models.weight_files import WeightsFile
 _ISTA = ("ista_lambda", "ista_step_size")
 """Fixed in the published code, differently at different times."""
 
+_OF_ABLATIONS = ("encoder_depth", "attention", "feedforward", "mlp_ratio", "share_layers")
+
 
 @dataclass(frozen=True)
 class PresetFit:
@@ -40,6 +42,8 @@ def inferred_keys(file: WeightsFile) -> dict[str, Any]:
         "patch_size": found.patch_size,
         "image_size": found.image_size,
     }
+    if file.config is not None:
+        keys |= {key: getattr(file.config, key) for key in _OF_ABLATIONS}
     if found.num_classes is not None:
         return {**keys, "num_classes": found.num_classes, **_classifier_form(file)}
     keys["encoder_tokens"] = file.encoder_tokens or "all"

@@ -14,6 +14,8 @@ Of each token a layer keeps, in values (d width; "half" has the precision of mat
   CRATE encoder  half: 5 d (two norms, coordinates in subspaces, attention, residual of ISTA); d more where eta is trained
   CRATE decoder  half: 4 d (two norms, coordinates, attention)
   transformer    half: 14 d (two norms, Q, K, V, attention, 4 d on each side of the GELU)
+In an encoder the halves may be swapped (ablations): tied attention keeps 3 d, untied 5 d, ISTA 2 d, a perceptron of m hidden
+units d + 2 m; layers that share their weights keep as much as layers that do not.
 The last decoder layer keeps less of tokens that are not hidden (`_last_decoder_layer_bytes`).
 """
 
@@ -81,16 +83,18 @@ def _classifier_bytes(config: ModelConfig, product: int) -> int:
         embedding += _FLOAT32 * n * (values + d) + 2 * _NORM_STATISTICS * n
     layers = config.encoder_depth * _encoder_layer_bytes(config, 1 + n, product)
     pooled = _FLOAT32 * d if config.pool == "mean" else 0
-    keeps_output = config.pool == "cls" or config.family == "crate"
+    keeps_output = config.pool == "cls" or config.has_ista
     output = _FLOAT32 * (1 + n) * d if keeps_output else 0
     return embedding + layers + output + pooled + _NORM_STATISTICS + product * d
 
 
 def _encoder_layer_bytes(config: ModelConfig, n: int, product: int) -> int:
-    if config.family == "vit":
-        return _layer_bytes(n, config.width, config.num_heads, 14 * product)
+    d, attention = config.width, (3 if config.is_tied else 5) * product
+    if not config.has_ista:
+        hidden = n * 2 * config.mlp_width * product
+        return _layer_bytes(n, d, config.num_heads, attention + product) + hidden
     trained_step = _FLOAT32 if config.ista_learnable == "layer" else 0
-    return _layer_bytes(n, config.width, config.num_heads, 5 * product + trained_step)
+    return _layer_bytes(n, d, config.num_heads, attention + 2 * product + trained_step)
 
 
 def _decoder_layer_bytes(config: ModelConfig, n: int, product: int) -> int:

@@ -32,7 +32,7 @@ _ENCODER = ("patch_norm", "patch_embed", "embed_norm", "cls_token", "pos_embed",
 _DECODER_EMBED = ("decoder_embed.weight", "decoder_embed.bias")
 
 # Configuration keys that change what weights compute and leave no mark on their shapes.
-_OF_THE_ENCODER = ("num_heads", "block_norm_eps", "ista_learnable", "ista_step_size", "ista_lambda")
+_OF_THE_ENCODER = ("num_heads", "block_norm_eps", "ista_learnable", "ista_step_size", "ista_lambda", "share_layers")
 _OF_THE_DECODER = ("encoder_tokens", "decoder_num_heads", "norm_pix_loss")
 
 
@@ -160,9 +160,11 @@ def _refuse_other_configuration(
 ) -> None:
     """Refuses a file whose configuration computes something else with the tensors that are loaded."""
     stored = source.config
-    if stored is None or stored.family != model.config.family:  # then no key fits, and all are listed
+    if stored is None or not _has_same_names(stored, model.config, part):  # then no key fits, and all are listed
         return
     keys = list(_OF_THE_ENCODER)
+    if stored.share_layers and model.config.share_layers:  # how often its tensors are applied
+        keys.append("encoder_depth")
     if part == "all" or not _pools_tokens(model):
         keys.append("final_norm_eps")
     if part == "all" and isinstance(model, MaskedAutoencoder):
@@ -180,14 +182,20 @@ def _refuse_other_configuration(
         )
 
 
+def _has_same_names(stored: ModelConfig, wanted: ModelConfig, part: str) -> bool:
+    """Whether both have the same kinds of layers, in the part that is loaded."""
+    has_same_encoder = (stored.is_tied, stored.has_ista) == (wanted.is_tied, wanted.has_ista)
+    return has_same_encoder and (part == "encoder" or stored.family == wanted.family)
+
+
 def _agree(stored: ModelConfig, wanted: ModelConfig, key: str) -> bool:
     if getattr(stored, key) == getattr(wanted, key):
         return True
     if key == "ista_learnable":  # constants may become the first values of trained scalars, never the reverse
-        return stored.family == "vit" or stored.ista_learnable == "none"
+        return not stored.has_ista or stored.ista_learnable == "none"
     if key not in ("ista_step_size", "ista_lambda"):
         return False
-    if stored.family == "vit" or stored.ista_learnable == "layer":  # absent, or among the tensors
+    if not stored.has_ista or stored.ista_learnable == "layer":  # absent, or among the tensors
         return True
     return stored.per_layer(key) == wanted.per_layer(key)  # type: ignore[arg-type]
 

@@ -23,6 +23,7 @@ MAX_TAG = 8000
 # Vermilion and blue of Okabe and Ito: told apart with every kind of colour vision.
 FAMILY_COLOURS = {"crate": "#d55e00", "vit": "#0072b2"}
 _OTHER_COLOUR = "#7f7f7f"
+_SHORT = {"untied": "qkv", "shared": "1L"}
 _TRAINED = ("train", "trial", "control")
 
 
@@ -78,7 +79,8 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
         return folder_name[:MAX_NAME]
     model = config.model
     parts = [f"{model.encoder_depth}x{model.width}"]
-    if model.family == "crate" and model.ista_step_size != 0.1:
+    parts += [_SHORT.get(word, word) for word in model.ablation]
+    if model.has_ista and model.ista_step_size != 0.1:
         parts.append(f"e{_number(model.ista_step_size)}")
     if config.task == "classify":
         parts.append("cls")
@@ -93,14 +95,14 @@ def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]
     name = model_name(model)
     values: dict[str, Any] = {
         "model": name,
-        "arch": f"{name} {model.encoder_depth}x{model.width}",
+        "arch": " ".join([name, *model.ablation, f"{model.encoder_depth}x{model.width}"]),
         "depth": model.encoder_depth,
         "width": model.width,
         "heads": model.num_heads,
         "patch": model.patch_size,
         "mask_ratio": model.mask_ratio if model.num_classes is None else "none",
-        "ista_step_size": model.ista_step_size if model.family == "crate" else "none",
-        "ista_lambda": model.ista_lambda if model.family == "crate" else "none",
+        "ista_step_size": model.ista_step_size if model.has_ista else "none",
+        "ista_lambda": model.ista_lambda if model.has_ista else "none",
         "dataset": "+".join(dataset_name(url) for url in config.data.train_urls),
         "global_batch": config.train.global_batch,
         "lr": config.optimizer.peak_lr(config.train.global_batch),

@@ -131,7 +131,7 @@ def _check_ista_is_given(config: RunConfig) -> None:
     """Lambda and eta are no tensors: a file that does not carry its configuration leaves them to be said."""
     missing = [key for key in ("ista_lambda", "ista_step_size") if key not in config.model.model_fields_set]
     source = config.train.init_from
-    if not missing or config.model.family != "crate" or source is None or storage.is_dir(source):
+    if not missing or not config.model.has_ista or source is None or storage.is_dir(source):
         return
     if read_weights(source).config is None:
         raise ConfigError(

@@ -169,8 +169,9 @@ def identify(
 def _models(weights: str | Mapping[str, Any], config: ModelConfig) -> list[MaskedAutoencoder]:
     """One model for each lambda and step size; all share one set of tensors."""
     base = create_model(config)
-    if config.family != "crate" or not isinstance(base, MaskedAutoencoder):
-        raise ConfigError(f"--identify looks for lambda and step size of a CRATE autoencoder (family {config.family} is given)")
+    if not config.has_ista or not isinstance(base, MaskedAutoencoder):
+        given = " ".join([f"family {config.family}", *config.ablation])
+        raise ConfigError(f"--identify looks for lambda and step size of a CRATE autoencoder ({given} is given)")
     if config.ista_learnable != "none":
         raise ConfigError("--identify: with ista_learnable = layer, lambda and step size are among the weights already")
     if not load_weights(base, weights).has_decoder:

@@ -241,7 +241,9 @@ def _draw_attention(subject: _Subject, trained: LayerView, control: LayerView) -
         pair = [colour_maps(attention_BHN[:, head], side) for attention_BHN in chosen]
         columns[f"head {head + 1}"] = torch.stack(pair, dim=1).flatten(0, 1)
     rows = [f"{name}\n{which}" for name in subject.names for which in ("trained", "untrained")]
-    title = subject.title(f"attention of the class token, encoder layer {trained.number} of {len(subject.trained.blocks)}")
+    title = subject.title(
+        f"attention of the class token, encoder layer {trained.number} of {len(subject.trained.encoder_layers)}"
+    )
     note = [
         "Whole images, nothing hidden. Attention to patches, enlarged without smoothing;",
         "each map from its own least (dark) to its own largest weight (bright).",
@@ -259,7 +261,9 @@ def _draw_keys(subject: _Subject, trained: LayerView, control: LayerView) -> byt
         white_BN3 = front_AN[subject.pictured_B].double().unsqueeze(-1).expand(-1, -1, 3)
         columns[f"foreground,\n{which}"] = enlarge_patches(white_BN3, side)
         columns[f"keys,\n{which}"] = enlarge_patches(colours_AN3[subject.pictured_B], side)
-    title = subject.title(f"principal components of the keys, encoder layer {trained.number} of {len(subject.trained.blocks)}")
+    title = subject.title(
+        f"principal components of the keys, encoder layer {trained.number} of {len(subject.trained.encoder_layers)}"
+    )
     note = [
         f"Foreground: one component over {len(trained.keys_BND)} images, cut at each one's mean; its border decides the side.",
         "Keys: three components of the foreground's keys as red, green and blue, stretched in each image.",
@@ -281,7 +285,8 @@ def _draw_curves(subject: _Subject, made: Pictures) -> dict[str, bytes]:
         "ceiling: subspaces filled evenly": coding_rate_ceiling(config.num_heads, 1 + config.num_patches, head_width),
         "floor: one line a subspace": coding_rate_floor(config.num_heads, head_width),
     }
-    panels[0] = replace(panels[0], levels=bounds)
+    if config.is_tied:
+        panels[0] = replace(panels[0], levels=bounds)
     title = subject.title("layer by layer, beside the same encoder untrained")
     note = f"means over {len(images)} whole validation images; training shows in the distance from the untrained curve"
     return {"layers.png": plot_layers(panels, title=title, note=note)}

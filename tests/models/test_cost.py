@@ -33,6 +33,18 @@ SHAPES: list[dict[str, Any]] = [
     {**SMALL, "family": "vit", "num_classes": 7},
     {**SMALL, "family": "vit", "num_classes": 7, "pool": "cls", "qkv_bias": False},
 ]
+ABLATIONS: list[dict[str, Any]] = [
+    {**SMALL, "family": "crate", "attention": "untied"},
+    {**SMALL, "family": "crate", "attention": "untied", "num_heads": 1, "ista_learnable": "layer"},
+    {**SMALL, "family": "crate", "feedforward": "mlp", "mlp_ratio": 0.5},
+    {**SMALL, "family": "crate", "attention": "untied", "feedforward": "mlp", "encoder_tokens": "visible"},
+    {**SMALL, "family": "crate", "share_layers": True, "num_classes": 7},
+    {**SMALL, "family": "vit", "attention": "tied"},
+    {**SMALL, "family": "vit", "attention": "tied", "num_heads": 1, "feedforward": "ista", "encoder_tokens": "visible"},
+    {**SMALL, "family": "vit", "feedforward": "ista", "qkv_bias": True},
+    {**SMALL, "family": "vit", "mlp_ratio": 1.3, "encoder_tokens": "visible", "decoder_width": 32, "decoder_num_heads": 4},
+    {**SMALL, "family": "vit", "share_layers": True, "mlp_ratio": 2, "num_classes": 7},
+]
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
@@ -99,7 +111,7 @@ def test_the_paper_count_is_that_of_the_published_class_and_says_what_ours_lacks
     assert count.paper - count.total == count.dead_decoder_embed + count.second_table
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + ABLATIONS)
 def test_counts_of_small_models_are_those_of_the_built_model(shape: dict[str, Any]) -> None:
     check_counts(ModelConfig.parse(shape))
 
@@ -165,7 +177,7 @@ def count_flops(run: Any) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + ABLATIONS)
 def test_operations_are_those_that_torch_counts(shape: dict[str, Any]) -> None:
     config = ModelConfig.parse(shape)
     model = create_model(config)

@@ -29,6 +29,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "classifier_linear": {**SMALL, "family": "crate", "num_classes": 7, "embedding": "linear"},
     "classifier_vit_mean": {**SMALL, "family": "vit", "num_classes": 7, "embedding": "linear", "pool": "mean"},
     "classifier_vit_cls": {**SMALL, "family": "vit", "num_classes": 7, "embedding": "linear", "pool": "cls"},
+    "crate_untied": {**SMALL, "family": "crate", "attention": "untied"},
+    "crate_mlp": {**SMALL, "family": "crate", "feedforward": "mlp", "mlp_ratio": 0.5},
+    "crate_untied_mlp_visible": {**SMALL, **NARROW, "family": "crate", "attention": "untied", "feedforward": "mlp"},
+    "crate_untied_trained_ista": {**SMALL, "family": "crate", "attention": "untied", "ista_learnable": "layer"},
+    "vit_tied": {**SMALL, "family": "vit", "attention": "tied", "mlp_ratio": 1.5},
+    "vit_tied_ista_one_head": {**SMALL, "family": "vit", "attention": "tied", "feedforward": "ista", "num_heads": 1},
+    "vit_shared": {**SMALL, **NARROW, "family": "vit", "share_layers": True},
+    "classifier_vit_ista_mean": {**SMALL, "family": "vit", "num_classes": 7, "feedforward": "ista", "pool": "mean"},
+    "classifier_crate_mlp_mean": {
+        **SMALL,
+        "family": "crate",
+        "num_classes": 7,
+        "feedforward": "mlp",
+        "embedding": "linear",
+        "pool": "mean",
+    },
     "classifier_crate_mean": {**SMALL, "family": "crate", "num_classes": 7, "embedding": "linear", "pool": "mean"},
 }
 
