@@ -19,7 +19,7 @@ from crate_ray.config.run import (
     TrackingConfig,
     TrainConfig,
 )
-from crate_ray.config.sweep import LARGER_IS_BETTER, LIVE_OBJECTIVES, Arm, SweepConfig, is_exploratory
+from crate_ray.config.sweep import LARGER_IS_BETTER, LIVE_OBJECTIVES, Arm, SchedulerConfig, SweepConfig, is_exploratory
 
 __all__ = [
     "LARGER_IS_BETTER",
@@ -40,6 +40,7 @@ __all__ = [
     "RunConfig",
     "ScaleConfig",
     "ScheduleConfig",
+    "SchedulerConfig",
     "StorageConfig",
     "SweepConfig",
     "TrackingConfig",

@@ -25,8 +25,19 @@ LARGER_IS_BETTER: dict[str, bool] = {
     "images_per_s": True,
 }
 ARM_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+OBJECTIVES = list(LARGER_IS_BETTER)
 LIVE_OBJECTIVES = ("eval_loss", "knn_top1", "images_per_s")
 """What a trial reports while it trains; the others are known before it or only at its end."""
+
+
+DECIDED_BY_SWEEP = {
+    "train.seed": "screen.seed and confirm.first_seed",
+    "eval.every_steps": "report_every_steps",
+    "scale.num_workers": "resources_per_trial.num_workers",
+    "scale.cpus_per_worker": "resources_per_trial.cpus",
+    "scale.use_gpu": "resources_per_trial.gpus",
+}
+"""Keys of runs that follow from keys of the sweep."""
 
 
 class Arm(Frozen):
@@ -152,8 +163,12 @@ class SweepConfig(Frozen):
     @field_validator("objective", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        """One objective may stand without a list."""
-        return (value,) if isinstance(value, str) else value
+        """One objective may stand without a list; an unknown one is one problem, not one for each way to be wrong."""
+        names = [value] if isinstance(value, str) else value
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if name not in LARGER_IS_BETTER:
+                raise ValueError(f"no run reports '{name}'{nearest(str(name), OBJECTIVES)}; valid: {', '.join(OBJECTIVES)}")
+        return names
 
     @field_validator("arms")
     @classmethod
@@ -195,6 +210,8 @@ class SweepConfig(Frozen):
     def _check_keys(self) -> None:
         for where, keys in self._named_keys().items():
             check_run_keys(f"{where}.", keys)
+            for key in sorted(DECIDED_BY_SWEEP.keys() & set(keys)):
+                raise ConfigError(f"{where}.{key}: follows from the sweep; set {DECIDED_BY_SWEEP[key]} instead")
         both = sorted(self.space.keys() & self.tune.keys())
         if both:
             raise ConfigError(

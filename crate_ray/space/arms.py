@@ -68,7 +68,7 @@ class ArmSpace:
         self._values = _arm_values(sweep, known[arm], stage)
         self._sections: dict[str, Frozen] = {}
         order = dependence_order(self._where, self.domains)
-        self._late = _depending_on(SAME_FLOPS_KEY, self.domains) if self._is_solved(SAME_FLOPS_KEY) else []
+        self._late = depending_on(SAME_FLOPS_KEY, self.domains) if self._is_solved(SAME_FLOPS_KEY) else []
         self._early = [key for key in order if self.domains[key].of is not None and key not in self._late]
 
     def config(self, values: Mapping[str, Any], *, seed: int | None = None) -> RunConfig:
@@ -178,7 +178,7 @@ def _lay(values: dict[str, Any], *layers: Mapping[str, Any]) -> None:
                 set_key(values, key, value)
 
 
-def _depending_on(root: str, domains: Mapping[str, Any]) -> list[str]:
+def depending_on(root: str, domains: Mapping[str, Any]) -> list[str]:
     """The key and everything that depends on it, however far, each after what it depends on."""
     found = [root]
     for key in found:

@@ -1,7 +1,7 @@
 """Constraints of a sweep: one line of text each, over what is known of a run before it starts.
 
-In: texts such as `params_m <= 50`, `gflops within 5% of 10` or `model.width >= 64`. Out: Constraints that accept a run or say in
-numbers why not. The grammar has one comparison a line on purpose: several lines are their conjunction; nothing is evaluated.
+In: texts such as `params_m <= 50`, `gflops within 5% of 10` or `model.width >= 64`. Out: Constraints that accept a run or say
+in numbers why not. The grammar has one comparison a line on purpose: several lines are their conjunction; nothing is evaluated.
 """
 
 import re
