@@ -69,6 +69,53 @@ def test_without_layer_decay_every_parameter_has_the_whole_learning_rate() -> No
     assert [group["lr_scale"] for group in parameter_groups(build(CRATE), 0.05)] == [1.0, 1.0]
 
 
+def factors(groups: list[dict[str, object]], model: MaskedAutoencoder | Classifier) -> dict[str, tuple[object, object]]:
+    """Rate factor and weight decay of every parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}  # type: ignore[attr-defined]
+
+
+BASE = {"mup_base_width": 8, "mup_base_num_heads": 1, "parametrization": "mup"}
+
+
+@pytest.mark.parametrize(
+    "values", [{**CRATE, **BASE}, {**VIT, "decoder_width": 16, **BASE, "mup_base_decoder_width": 8}], ids=["crate", "vit"]
+)
+def test_with_mup_matrices_whose_fan_in_grew_train_slower_and_decay_as_before(values: dict[str, object]) -> None:
+    model = build(values)
+    found = factors(parameter_groups(model, 0.05), model)
+    assert found.pop("patch_embed.weight") == (1.0, 0.05), "its fan-in is the patch at every width"
+    for name, (lr_scale, weight_decay) in found.items():
+        is_matrix = name.endswith(("weight", "dictionary")) and "norm" not in name
+        assert (lr_scale, weight_decay) == ((0.5, 0.1) if is_matrix else (1.0, 0.0)), name
+
+
+def test_the_factors_of_mup_and_of_layer_decay_multiply() -> None:
+    shape = {**CRATE, "num_classes": 3}
+    standard, scaled = Classifier(ModelConfig.parse(shape)), Classifier(ModelConfig.parse({**shape, **BASE}))
+    without, with_mup = (factors(parameter_groups(model, 0.05, 0.65), model) for model in (standard, scaled))
+    roles = factors(parameter_groups(scaled, 0.05), scaled)
+    for name, (lr_scale, _) in without.items():
+        assert with_mup[name] == (pytest.approx(lr_scale * roles[name][0]), roles[name][1]), name  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [CRATE, {**VIT, "decoder_width": 8, "decoder_num_heads": 1}, {**CRATE, "ista_learnable": "layer"}],
+    ids=["crate", "vit", "learnable"],
+)
+def test_at_the_base_width_mup_takes_the_published_steps_bit_for_bit(values: dict[str, object]) -> None:
+    base = {
+        f"mup_base_{key}": values[key] for key in ("width", "num_heads", "decoder_width", "decoder_num_heads") if key in values
+    }
+    standard, scaled = build(values), build({**values, **base, "parametrization": "mup"})
+    for model in (standard, scaled):
+        optimizer = create_optimizer(model, OptimizerConfig(lr=1e-2), lr=1e-2)
+        assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
+        train(model, optimizer, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(standard.parameters(), scaled.parameters(), strict=True))
+
+
 def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
