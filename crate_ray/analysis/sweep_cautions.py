@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 from crate_ray.analysis.confirmed import ArmDifference
 from crate_ray.analysis.objectives import MEASURES, value_text, values_text
-from crate_ray.analysis.ranking import same_question
+from crate_ray.analysis.ranking import Position, same_question
 from crate_ray.analysis.sweep_findings import SweepFindings
 
 _MIN_SEEDS = 5
 _EQUAL_WITHIN = 0.05
-_ON_EDGE = ("lower edge", "upper edge")
+_BUDGETS = (("train_pflops", "training FLOPs"), ("encoder_params_m", "encoder parameters"))
+_ON_EDGE: tuple[Position, ...] = ("lower edge", "upper edge")
 
 
 def cautions(findings: SweepFindings, *, planned: int | None) -> list[str]:
@@ -62,6 +63,10 @@ def _edges(findings: SweepFindings) -> Iterator[str]:
                 )
             elif tuned.position == "single value":
                 yield f"`{tuned.key}` had a single value: it was not tuned."
+    for key, positions in findings.ranking.positions().items():
+        on_edge = sum(positions[position] for position in _ON_EDGE)
+        if on_edge and positions.total() > len(findings.ranking.arms):
+            yield f"The best `{key}` lies on an edge of its grid at {on_edge} of {positions.total()} points of all arms."
 
 
 def _unequal_tuning(findings: SweepFindings) -> Iterator[str]:
@@ -89,16 +94,23 @@ def _seeds(findings: SweepFindings) -> Iterator[str]:
 
 
 def _unequal_runs(findings: SweepFindings) -> Iterator[str]:
-    """Compared runs that saw unequal steps or cost unequal FLOPs."""
+    """Compared runs of unequal length, cost or size."""
     for item in findings.differences:
         steps = {row.total_steps for side in (item.first, item.second) for row in side.rows}
         if len(steps) > 1:
             yield f"{_names(item)}: trained for unequal steps ({', '.join(str(step) for step in sorted(steps, key=str))})."
-        for quantity, words in (("train_pflops", "the training FLOPs"), ("encoder_params_m", "the encoder parameters")):
-            a, b = item.first.value_of(quantity), item.second.value_of(quantity)
-            if a and b and max(a, b) / min(a, b) > 1 + _EQUAL_WITHIN:
-                more, less = (item.first, item.second) if a > b else (item.second, item.first)
-                yield f"{_names(item)}: {more.arm} has {max(a, b) / min(a, b):.2f} times {words} of {less.arm}."
+        ratios = [
+            f"{ratio:.2f} times the {words}"
+            for quantity, words in _BUDGETS
+            if (ratio := _ratio(item, quantity)) is not None and not 1 / (1 + _EQUAL_WITHIN) <= ratio <= 1 + _EQUAL_WITHIN
+        ]
+        if ratios:
+            yield f"{_names(item)}: {item.first.arm} has {' and '.join(ratios)} of {item.second.arm}."
+
+
+def _ratio(item: ArmDifference, quantity: str) -> float | None:
+    a, b = item.first.value_of(quantity), item.second.value_of(quantity)
+    return a / b if a and b else None
 
 
 def _names(item: ArmDifference) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.analysis import sweep_sections as sections
 from crate_ray.analysis.objectives import MEASURES, values_text
-from crate_ray.analysis.ranking import same_question
+from crate_ray.analysis.ranking import own_values, same_question
 from crate_ray.analysis.sweep_cautions import cautions
 from crate_ray.analysis.sweep_findings import SweepFindings, sweep_findings
 from crate_ray.analysis.sweep_plots import ArmStyle, Line, arm_styles, plot_front, plot_importance, plot_keys, plot_learning
-from crate_ray.config import ConfigError, SweepConfig, read_yaml
-from crate_ray.runs import RunFolder, TrialRow, list_trials, objective_values, read_records
+from crate_ray.config import ConfigError
+from crate_ray.runs import RunFolder, TrialRow, list_trials, objective_values, read_records, read_sweep
 
 _MAX_CURVES = 120
 _CURVES_OF = ("eval_loss", "knn_top1")
@@ -32,24 +32,14 @@ def write_report(sweep_uri: str) -> str:
     """
     folder = RunFolder(sweep_uri)
     sweep = read_sweep(folder)
+    if sweep is None:
+        raise ConfigError(f"{folder.uri} has no sweep.yaml: give the folder of a sweep, storage.path/<name of the sweep>")
     results = folder.read_json("results.json") or {}
     findings = sweep_findings(sweep, read_rows(folder, results))
     names = _write_pictures(folder, findings)
     report = folder.path("report.md")
     storage.write_atomic(report, report_text(findings, results, names))
     return report
-
-
-def read_sweep(folder: RunFolder) -> SweepConfig:
-    """The resolved configuration of a sweep, from its folder."""
-    where = folder.path("sweep.yaml")
-    try:
-        text = storage.read_text(where)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder.uri} has no sweep.yaml: give the folder of a sweep, storage.path/<name of the sweep>"
-        ) from None
-    return SweepConfig.parse(read_yaml(text, where=where), where=where)
 
 
 def read_rows(folder: RunFolder, results: Mapping[str, Any]) -> list[TrialRow]:
@@ -74,7 +64,9 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
 
     parts = [
         f"# Sweep {findings.sweep.name}",
+        f"**Exploratory**, {findings.ranking.exploratory}." if findings.ranking.exploratory else "",
         headline(findings),
+        "What must not be concluded stands at the end; read it with this.",
         "## What was swept",
         sections.what_was_swept(findings.sweep),
         "## Trials",
@@ -115,13 +107,14 @@ def headline(findings: SweepFindings) -> str:
         arms = dict.fromkeys((item.first.arm, item.second.arm) for item in measured)
         return " ".join(_wins(findings, first, second) for first, second in arms)
     best = [
-        f"{arm.arm}{f' at {values_text(arm.target)}' if arm.target else ''}: {values_text(arm.best.best.row.values)}, "
+        f"{arm.arm}{f' at {values_text(arm.target)}' if arm.target else ''}: {values_text(own_values(arm.best.best.row.values, findings.sweep, arm.arm))}, "
         f"{_with_unit(findings, arm.best.best.value)}"
         for arm in findings.ranking.arms
         if arm.best
     ]
-    label = "Exploratory" if findings.ranking.exploratory else "Not confirmed"
-    return f"{label}: best of the screening, one seed a trial. {'; '.join(best)}." if best else "No trial has finished yet."
+    return (
+        f"Not confirmed: best of the screening, one seed a trial. {'; '.join(best)}." if best else "No trial has finished yet."
+    )
 
 
 def _wins(findings: SweepFindings, first: str, second: str) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 from crate_ray.analysis.confirmed import ArmDifference, Confirmed
 from crate_ray.analysis.importance import Importance
 from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_text, values_text
-from crate_ray.analysis.ranking import ArmRanking, PointBest, Ranked
+from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.config import Domain, SweepConfig
 from crate_ray.runs import TRIAL_STATES, TrialRow
 
 _SHOWN_TRIALS = 10  # of an arm
 _SHOWN_POINTS = 30
+_SHOWN_REASONS = 8  # of one kind of end
 _COST_NAMES = {
     "trials": "trials",
     "hours": "wall time (hours)",
@@ -28,8 +29,9 @@ _COST_NAMES = {
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+    """A Markdown table; a bar or a line break inside a cell would end it."""
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -107,9 +109,15 @@ def counts(findings: SweepFindings, *, planned: int | None, refused: Mapping[str
     notes = [f"Planned: {planned} screening trials."] if planned is not None else []
     notes += [f"Refused before they cost anything: {count} points, {reason}." for reason, count in refused.items()]
     for state, verb in (("INFEASIBLE", "Infeasible"), ("FAILED", "Failed"), ("KILLED", "Killed")):
-        reasons = Counter(row.reason or "no reason recorded" for row in findings.rows if row.state == state)
-        notes += [f"{verb}: {count} trials, {reason}." for reason, count in reasons.most_common()]
+        reasons = Counter(_first_line(row.reason) for row in findings.rows if row.state == state)
+        notes += [f"{verb}: {count} trials, {reason}." for reason, count in reasons.most_common(_SHOWN_REASONS)]
+        if rest := reasons.total() - sum(count for _, count in reasons.most_common(_SHOWN_REASONS)):
+            notes.append(f"{verb}: {rest} trials more, for other reasons.")
     return "\n\n".join([*parts, *([bullets(notes)] if notes else [])])
+
+
+def _first_line(reason: str | None) -> str:
+    return (reason or "").strip().partition("\n")[0].rstrip(".") or "no reason recorded"
 
 
 def comparison(findings: SweepFindings) -> str:
@@ -120,20 +128,20 @@ def comparison(findings: SweepFindings) -> str:
         return "No confirm run has finished yet."
     measure = MEASURES[findings.sweep.objective[0]]
     header = ("arm", "configuration", "encoder params (M)", "GFLOPs/image", f"{measure.axis}, mean [95%]", "seeds", "missing")
-    parts = [table(header, [_confirmed_cells(item, measure) for item in findings.confirmed])]
+    parts = [table(header, [_confirmed_cells(item, measure, findings.sweep) for item in findings.confirmed])]
     if findings.differences:
         parts.append("Differences, each arm with its best configuration of the screening:")
         parts.append(bullets([line for item in findings.differences for line in _difference_lines(item)]))
     return "\n\n".join(parts)
 
 
-def _confirmed_cells(item: Confirmed, measure: Measure) -> list[str]:
+def _confirmed_cells(item: Confirmed, measure: Measure, sweep: SweepConfig) -> list[str]:
     mean = measure.text(item.value_of(item.objective))
     if item.interval is not None:
         mean += f" [{measure.text(item.interval.low)}, {measure.text(item.interval.high)}]"
     missing = "; ".join(f"{seed}: {why}" for seed, why in item.missing.items()) or "none"
     sizes = [MEASURES[name].text(item.value_of(name)) for name in ("encoder_params_m", "gflops")]
-    return [item.arm, values_text(item.values), *sizes, mean, str(len(item.by_seed)), missing]
+    return [item.arm, values_text(own_values(item.values, sweep, item.arm)), *sizes, mean, str(len(item.by_seed)), missing]
 
 
 def _difference_lines(item: ArmDifference) -> list[str]:
@@ -159,16 +167,16 @@ def _arm_ranking(arm: ArmRanking, sweep: SweepConfig) -> list[str]:
     objectives = list(dict.fromkeys([*sweep.objective, "encoder_params_m", "gflops"]))
     header = ("place", "configuration", *(MEASURES[name].axis for name in objectives), "trial", "ended")
     shown = arm.trials[:_SHOWN_TRIALS]
-    parts = [table(header, [_trial_cells(trial, objectives) for trial in shown])] if shown else ["No trial has a value."]
+    parts = [table(header, [_trial_cells(trial, objectives, sweep) for trial in shown])] if shown else ["No trial has a value."]
     notes = [f"{len(arm.trials) - len(shown)} more trials follow."] if len(arm.trials) > len(shown) else []
     notes += [f"Without a place: {', '.join(f'{n} {why}' for why, n in arm.unranked.items())}."] if arm.unranked else []
     parts += [" ".join(notes)] if notes else []
     if sweep.tune and len(arm.points) > 1:
-        parts += ["Best of the tuned keys at every point:", _points_table(arm.points, sweep)]
+        parts += ["Best of the tuned keys at every point:", _points_table(arm, sweep)]
     return parts
 
 
-def _trial_cells(trial: Ranked, objectives: Sequence[str]) -> list[str]:
+def _trial_cells(trial: Ranked, objectives: Sequence[str], sweep: SweepConfig) -> list[str]:
     row = trial.row
     values = [MEASURES[name].text(row.value_of(name)) for name in objectives]
     ended = (
@@ -176,16 +184,17 @@ def _trial_cells(trial: Ranked, objectives: Sequence[str]) -> list[str]:
         if trial.step is None
         else f"stopped at step {trial.step}" + (f" of {row.total_steps}" if row.total_steps else "")
     )
-    return [str(trial.place), values_text(row.values), *values, f"`{row.id}`", ended]
+    return [str(trial.place), values_text(own_values(row.values, sweep, row.arm)), *values, f"`{row.id}`", ended]
 
 
-def _points_table(points: Sequence[PointBest], sweep: SweepConfig) -> str:
+def _points_table(arm: ArmRanking, sweep: SweepConfig) -> str:
+    points = arm.points
     measure = MEASURES[sweep.objective[0]]
     names = key_names([tuned.key for tuned in points[0].tuned])
     header = ("point", *(f"{name}, where on its grid" for name in names.values()), measure.axis, "finished trials")
     lines = [
         [
-            values_text(point.values),
+            values_text(own_values(point.values, sweep, arm.arm)),
             *(f"{value_text(tuned.best)}, {tuned.position}" for tuned in point.tuned),
             measure.text(point.best.value),
             str(point.num_finished),
@@ -229,7 +238,7 @@ def fronts(findings: SweepFindings) -> str:
     for item in findings.fronts:
         parts += [
             f"**{_front_title(item)}**: {len(item.members)} of {item.num_candidates} are on the front.",
-            _front_table(item),
+            _front_table(item, findings.sweep),
         ]
     return "\n\n".join(parts)
 
@@ -239,14 +248,18 @@ def _front_title(item: Front) -> str:
     return " against ".join(ways) + (f", at {values_text(item.target)}" if item.target else "")
 
 
-def _front_table(item: Front) -> str:
+def _front_table(item: Front, sweep: SweepConfig) -> str:
     header = ("arm", "configuration", *(MEASURES[name].axis for name in item.objectives))
     last = item.objectives[-1]
     members = sorted(item.members, key=lambda member: (member.value_of(last) or 0.0, member.arm))
     return table(
         header,
         [
-            [member.arm, values_text(member.values), *(MEASURES[name].text(member.value_of(name)) for name in item.objectives)]
+            [
+                member.arm,
+                values_text(own_values(member.values, sweep, member.arm)),
+                *(MEASURES[name].text(member.value_of(name)) for name in item.objectives),
+            ]
             for member in members
         ],
     )

@@ -32,6 +32,7 @@ from crate_ray.runs.trials import (
     list_trials,
     loss_target,
     objective_values,
+    read_sweep,
     read_trial,
     write_trial,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "open_run",
     "read_records",
     "read_status",
+    "read_sweep",
     "read_trial",
     "record_precision",
     "versions",

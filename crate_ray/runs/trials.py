@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from crate_ray import storage
-from crate_ray.config import RunConfig
+from crate_ray.config import RunConfig, SweepConfig, read_yaml
 from crate_ray.runs.folder import RunFolder
 from crate_ray.runs.records import decode_number, encode_number
 
@@ -116,6 +116,15 @@ def list_trials(sweep_uri: str) -> list[TrialRow]:
     with ThreadPoolExecutor(_READERS) as pool:
         rows = pool.map(lambda name: read_trial(RunFolder(storage.join(root, name))), storage.list_dir(root))
         return [row for row in rows if row is not None]
+
+
+def read_sweep(folder: RunFolder) -> SweepConfig | None:
+    """The resolved configuration of a sweep, from its folder; None where there is none."""
+    where = folder.path("sweep.yaml")
+    try:
+        return SweepConfig.parse(read_yaml(storage.read_text(where), where=where), where=where)
+    except FileNotFoundError:
+        return None
 
 
 def objective_values(measured: Mapping[str, float]) -> dict[str, float]:
