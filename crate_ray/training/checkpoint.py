@@ -125,19 +125,20 @@ def prune_checkpoints(folder: RunFolder, *, keep_last: int) -> None:
         storage.delete(checkpoint.uri)
 
 
-def pin_checkpoint(checkpoint: Checkpoint, *, by: str) -> None:
-    """Keeps a checkpoint from being pruned until it is unpinned.
+def pin_checkpoint(folder: RunFolder, step: int, *, by: str) -> None:
+    """Keeps the checkpoint of a step from being pruned until it is unpinned; it may be pinned before it is written.
 
     Args:
-        checkpoint: A whole one.
+        folder: The run's.
+        step: Of the checkpoint.
         by: Who needs it; one checkpoint may be pinned by several.
     """
-    storage.write_atomic(storage.join(checkpoint.uri, _PIN + by), "")
+    storage.write_atomic(folder.path("checkpoints", f"step_{step:08d}", _PIN + by), "")
 
 
-def unpin_checkpoint(checkpoint: Checkpoint, *, by: str) -> None:
+def unpin_checkpoint(folder: RunFolder, step: int, *, by: str) -> None:
     """Takes a pin away, where there is one."""
-    storage.delete(storage.join(checkpoint.uri, _PIN + by))
+    storage.delete(folder.path("checkpoints", f"step_{step:08d}", _PIN + by))
 
 
 def copy_checkpoint(checkpoint: Checkpoint, folder: RunFolder) -> None:

@@ -25,6 +25,7 @@ from crate_ray.training.checkpoint import (
     OPTIMIZER_FILE,
     Checkpoint,
     latest_checkpoint,
+    pin_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -33,7 +34,7 @@ from crate_ray.training.first_weights import load_first_weights
 from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
-from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
+from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep
 from crate_ray.training.throughput import LoaderWatch, Throughput, longest_wait, peak_memory_gib
 from crate_ray.training.whitebox import WhiteboxMonitor
@@ -121,6 +122,7 @@ class Trainer:
         self.num_samples = load_source(config.data.source).num_samples
         self.total = total_steps(config, self.num_samples)
         self.warmup = warmup_steps(config, self.num_samples)
+        self.cooldown = cooldown_start(config, self.num_samples)
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
         make_deterministic(config)
         self.model = create_model(config.model).to(self.device)
@@ -215,7 +217,7 @@ class Trainer:
             if self._is_due(self.config.eval.log_every_steps):
                 self._log(lr)
             evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
-            if self.is_saving or self._is_due(self.config.checkpoint.every_steps, at_end=False):
+            if self.is_saving or self.step == self.cooldown or self._is_due(self.config.checkpoint.every_steps, at_end=False):
                 self._save()
             if evaluated:
                 self.context.evaluated(self.step, evaluated)
@@ -234,8 +236,14 @@ class Trainer:
         self.sink.close()
 
     def _learning_rate(self) -> float:
-        fraction = self.config.schedule.final_lr_fraction
-        return learning_rate(self.step, total=self.total, warmup=self.warmup, peak=self.peak_lr, final_fraction=fraction)
+        return learning_rate(
+            self.step,
+            total=self.total,
+            warmup=self.warmup,
+            peak=self.peak_lr,
+            final_fraction=self.config.schedule.final_lr_fraction,
+            cooldown=self.cooldown,
+        )
 
     def _is_due(self, every_steps: int | None, *, at_end: bool = True) -> bool:
         if at_end and self.step == self.total:
@@ -328,6 +336,8 @@ class Trainer:
         uri = folder.path("checkpoints", f"step_{self.step:08d}")
         if context.rank == 0:
             self.sink.flush()
+            if self.step == self.cooldown:  # a longer run can go on from here; before it is saved, so that no crash unpins it
+                pin_checkpoint(folder, self.step, by="cooldown")
             save_checkpoint(
                 folder,
                 step=self.step,

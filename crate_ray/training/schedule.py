@@ -22,11 +22,25 @@ def warmup_steps(config: RunConfig, num_samples: int) -> int:
     return total_steps(config, num_samples) // 20
 
 
-def learning_rate(step: int, *, total: int, warmup: int, peak: float, final_fraction: float = 0.0) -> float:
+def cooldown_start(config: RunConfig, num_samples: int) -> int | None:
+    """The number of the first update of the cooldown, counted from 0; None where the rate follows a half cosine.
+
+    Up to this update, runs that differ in their length alone are the same, if their warm-up is of equal length.
+    """
+    fraction = config.schedule.cooldown_fraction
+    if fraction is None:
+        return None
+    total = total_steps(config, num_samples)
+    return max(warmup_steps(config, num_samples), total - max(1, round(fraction * total)))
+
+
+def learning_rate(
+    step: int, *, total: int, warmup: int, peak: float, final_fraction: float = 0.0, cooldown: int | None = None
+) -> float:
     """Learning rate of the update number `step`, counted from 0.
 
-    Linear from peak / warmup to the peak, then a half cosine that reaches peak * final_fraction
-    after the last update.
+    Linear from peak / warmup to the peak. Then a half cosine that reaches peak * final_fraction after the last
+    update; or the peak is held, and from `cooldown` on falls linearly to the same.
 
     Args:
         step: Update number, 0 <= step < total.
@@ -34,9 +48,13 @@ def learning_rate(step: int, *, total: int, warmup: int, peak: float, final_frac
         warmup: Updates of warm-up.
         peak: Rate after warm-up.
         final_fraction: Share of the peak at the end.
+        cooldown: See `cooldown_start`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if cooldown is not None:
+        cooled = max(0, step - cooldown) / max(1, total - cooldown)
+        return peak * (1 - (1 - final_fraction) * cooled)
     progress = (step - warmup) / max(1, total - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return peak * (final_fraction + (1 - final_fraction) * cosine)

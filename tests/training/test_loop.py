@@ -9,7 +9,7 @@ import torch
 from crate_ray.config import RunConfig
 from crate_ray.models import create_model
 from crate_ray.runs import RunFolder, read_records
-from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
+from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, copy_checkpoint, latest_checkpoint, list_checkpoints
 from crate_ray.training.loop import LocalContext, LoopResult, TrainingDivergedError, run_training
 
 LoadTiny = Callable[..., RunConfig]
@@ -176,3 +176,27 @@ def test_a_logged_loss_is_the_mean_since_the_last_one(load_tiny: LoadTiny, tmp_p
     losses = [loss for _, loss in series(every, "train/loss")]
     expected = [sum(losses[step - 4 : step]) / 4 for step in (4, 8, 12)]
     assert [loss for _, loss in series(fourth, "train/loss")] == pytest.approx(expected, rel=1e-12)
+
+
+def test_up_to_the_cooldown_runs_of_any_length_are_one_run_and_its_checkpoint_there_is_kept(
+    load_tiny: LoadTiny, tmp_path: Path
+) -> None:
+    short, long = RunFolder(str(tmp_path / "short")), RunFolder(str(tmp_path / "long"))
+    common = (
+        "schedule.cooldown_fraction=0.25",
+        "schedule.warmup_steps=3",
+        "checkpoint.keep_last=1",
+        "checkpoint.every_steps=5",
+    )
+    run_training(load_tiny(*common, "train.steps=12"), short, LocalContext())
+    run_training(load_tiny(*common, "train.steps=20"), long, LocalContext())
+    assert [c.step for c in list_checkpoints(short)] == [9, 12]
+    assert [c.step for c in list_checkpoints(long)] == [15, 20]
+    assert series(short, "train/loss")[:9] == series(long, "train/loss")[:9]
+    assert series(short, "train/lr")[9:] != series(long, "train/lr")[9:12]
+
+    grown = RunFolder(str(tmp_path / "grown"))
+    copy_checkpoint(list_checkpoints(short)[0], grown)
+    run_training(load_tiny(*common, "train.steps=20"), grown, LocalContext())
+    ours, theirs = state(grown), state(long)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from crate_ray.config import RunConfig
-from crate_ray.training.schedule import learning_rate, total_steps, warmup_steps
+from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
 
 
 def rates(total: int, warmup: int, peak: float, final: float) -> list[float]:
@@ -48,3 +48,32 @@ def test_length_and_warm_up_count_images_seen(overrides: list[str], total: int, 
     config = RunConfig.load("digits_mae", overrides)
     assert total_steps(config, 1000) == total
     assert warmup_steps(config, 1000) == warmup
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_with_a_cooldown_the_peak_is_held_and_then_falls_on_a_straight_line(final: float) -> None:
+    rates = [learning_rate(n, total=100, warmup=10, peak=0.5, final_fraction=final, cooldown=80) for n in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
+    assert rates[10:81] == [0.5] * 71
+    assert rates[80:] == pytest.approx([0.5 - 0.5 * (1 - final) * n / 20 for n in range(20)])
+
+
+def test_before_its_cooldown_the_rate_does_not_depend_on_the_length_of_the_run() -> None:
+    short, long = (
+        [learning_rate(n, total=t, warmup=10, peak=0.3, cooldown=c) for n in range(40)] for t, c in ((50, 40), (500, 400))
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["train.steps=600"], None),
+        (["train.steps=600", "schedule.cooldown_fraction=0.2"], 480),
+        (["train.steps=600", "schedule.cooldown_fraction=1"], 50),  # the warm-up of 50 comes first
+        (["train.steps=600", "schedule.cooldown_fraction=0.0001"], 599),
+        (["train.epochs=8", "train.global_batch=100", "schedule.cooldown_fraction=0.25"], 60),
+    ],
+)
+def test_the_cooldown_is_the_last_share_of_the_updates(overrides: list[str], start: int | None) -> None:
+    assert cooldown_start(RunConfig.load("digits_mae", overrides), 1000) == start
