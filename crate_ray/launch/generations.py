@@ -69,9 +69,9 @@ def point_to(trial: RunFolder, run: RunFolder, *, step: int) -> Pointer:
     """
     checkpoints = list_checkpoints(run)
     for checkpoint in checkpoints[-1:]:
-        pin_checkpoint(checkpoint, by=_PIN)
+        pin_checkpoint(run, checkpoint.step, by=_PIN)
     for checkpoint in checkpoints[:-_PINNED]:
-        unpin_checkpoint(checkpoint, by=_PIN)
+        unpin_checkpoint(run, checkpoint.step, by=_PIN)
     return Pointer(trial.uri, run.uri, checkpoints[-1].step if checkpoints else step)
 
 

@@ -21,7 +21,6 @@ from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 
 POLL_S = 0.2
-ABORT_S = 5.0  # for a controller to end its workers; then it is killed
 EXIT_GRACE_S = 15.0  # for the last report and the teardown of workers, after the checkpoint
 
 
@@ -171,7 +170,8 @@ class Fit:
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, attempt: int, *, is_followed: bool = False) -> None:
-        from crate_ray.launch.worker import RunLine, train_worker
+        from crate_ray.launch.run_line import RunLine
+        from crate_ray.launch.worker import train_worker
 
         self._line = RunLine.remote()  # type: ignore[attr-defined]
         payload = {
@@ -234,13 +234,12 @@ class Fit:
         """Leaves nothing of the fit behind while this process stays in the cluster: controller, workers, group and line."""
         import ray
 
-        from crate_ray.launch.placement import free_groups_of
+        from crate_ray.launch.controller import ABORT_S, end_controller
 
         try:
             controller = ray.get(self._line.controller.remote(), timeout=ABORT_S)
             if controller is not None and self.is_running():
-                _abort_controller(controller)
-                free_groups_of(controller._actor_id.hex())
+                end_controller(controller)
         finally:
             ray.kill(self._line)
         self.wait(ABORT_S)
@@ -259,25 +258,13 @@ class Fit:
         return self._result["state"], self._result["reason"]
 
 
-def _abort_controller(controller: Any) -> None:
-    """Ends the controller with its workers; by force where it does not listen, as while it waits for resources."""
-    import ray
-
-    try:
-        ray.get(controller.abort.remote(), timeout=ABORT_S)
-    except ray.exceptions.GetTimeoutError:
-        ray.kill(controller)
-    except ray.exceptions.RayActorError:
-        return  # that is how it ends
-
-
 def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], payload: dict[str, Any]) -> Any:
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train.v2.api.config import RunConfig as RayRunConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    from crate_ray.launch.worker import ControllerHandle
+    from crate_ray.launch.controller import ControllerHandle
 
     store, path = storage.open_store(folder.uri)
     return TorchTrainer(

@@ -7,6 +7,7 @@ decide; in return a trial that is stopped has trained not one step past the repo
 
 import gc
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterator, Mapping
@@ -175,6 +176,7 @@ class Attempt:
 
     def _train_on_workers(self) -> Ended:
         set_environment()
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process fewer; Tune starts the trial again
         config = self._config.model_copy(update={"scale": resolve_scale(self._config.scale)})
         fit = Fit(config, self._folder, self._lease.attempt, is_followed=True)
         try:

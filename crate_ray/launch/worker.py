@@ -4,7 +4,6 @@ In: a payload of plain values from the driver. Out: how the loop ended, as a pla
 else goes to the run folder. Checkpoints are ours: Ray is only told that one exists, without a copy.
 """
 
-import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
@@ -22,64 +20,6 @@ from crate_ray.runs import RunFolder
 from crate_ray.training.loop import TrainingDivergedError, run_training
 
 POLL_S = 0.5
-
-
-@ray.remote(num_cpus=0)
-class RunLine:
-    """The line between who drives a run and its workers: the wish to stop one way, events of rank 0 the other.
-
-    Its methods are coroutines of one event loop: who waits here blocks nobody.
-    """
-
-    def __init__(self) -> None:
-        self._stop = False
-        self._released = asyncio.Event()
-        self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._controller: Any = None
-
-    async def stop(self) -> None:
-        """Asks the run to stop."""
-        self._stop = True
-        self._released.set()
-
-    async def is_set(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._stop
-
-    async def post(self, event: dict[str, Any], *, wait: bool) -> None:
-        """Hands an event to the driver; with `wait`, returns when the driver has released it."""
-        if wait:
-            self._released.clear()
-        await self._events.put(event)
-        if wait and not self._stop:
-            await self._released.wait()
-
-    async def next_event(self) -> dict[str, Any]:
-        """The next one that was posted, whenever it comes."""
-        return await self._events.get()
-
-    async def release(self) -> None:
-        """Lets rank 0 go on."""
-        self._released.set()
-
-    async def put_controller(self, controller: Any) -> None:
-        """Keeps the handle of the Train controller."""
-        self._controller = controller
-
-    async def controller(self) -> Any:
-        """The handle of the Train controller; None before it runs."""
-        return self._controller
-
-
-class ControllerHandle(ControllerCallback):
-    """Sends the Train controller's own handle down the line: `fit()` gives nobody the means to end it."""
-
-    def __init__(self, line: Any) -> None:
-        self._line = line
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """See ControllerCallback."""
-        self._line.put_controller.remote(ray.get_runtime_context().current_actor)
 
 
 class RayContext:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ def make_trial(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def make(*more: str, **keys: Any) -> dict[str, Any]:
         tiny = ["train.steps=12", "eval.every_steps=3", "checkpoint.every_steps=3"]
-        return trial_of(RunConfig.load("digits_crate_mae", [*overrides, *tiny, *more]), str(tmp_path / "sweep"), sweep={}, **keys)
+        return trial_of(
+            RunConfig.load("digits_crate_mae", [*overrides, *tiny, *more]), str(tmp_path / "sweep"), sweep={}, **keys
+        )
 
     return make
 
@@ -99,7 +101,12 @@ def test_one_actor_trains_one_trial_after_another_and_a_stop_leaves_a_checkpoint
     assert len({result["pid"] for result in results}) == 1
     assert sorted(result["state"] for result in results) == ["FINISHED", "FINISHED", "FINISHED", "RUNNING"]
     rows = [row_of(trial) for trial in trials]
-    assert [row.state for row in rows] == ["FINISHED", "KILLED", "FINISHED", "FINISHED"]  # the driver would have marked it stopped
+    assert [row.state for row in rows] == [
+        "FINISHED",
+        "KILLED",
+        "FINISHED",
+        "FINISHED",
+    ]  # the driver would have marked it stopped
     stopped = RunFolder(trials[1]["folder"])
     status = read_status(stopped)
     assert status is not None
@@ -108,13 +115,12 @@ def test_one_actor_trains_one_trial_after_another_and_a_stop_leaves_a_checkpoint
 
 
 def remains() -> tuple[list[str], list[str]]:
-    """Placement groups that hold or await resources, and living actors of Ray Train."""
+    """Placement groups that hold or await resources, and living actors."""
     from ray.util.state import list_actors
 
     groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
-    actors = [f"{a.class_name} {a.pid}" for a in list_actors(filters=[("state", "!=", "DEAD")], limit=1000)]
-    ours = ("TrainController", "RayTrainWorker", "RunLine", "SynchronizationActor", "PlacementGroupCleaner", "SweepTrial")
-    return groups, [actor for actor in actors if any(name in actor for name in ours)]
+    actors = list_actors(filters=[("state", "!=", "DEAD")], limit=1000)
+    return groups, [f"{actor.class_name} {actor.pid}" for actor in actors]
 
 
 def wait_until_gone() -> tuple[list[str], list[str]]:
@@ -158,7 +164,7 @@ def actor_of(folder: RunFolder) -> int | None:
 
 def first_worker_of(folder: RunFolder) -> int | None:
     """Rank 0 writes train.log."""
-    log = os.path.join(folder.uri, "train.log")
+    log = f"{folder.uri}/train.log"
     for process in psutil.process_iter(["cmdline"]):
         if "RayTrainWorker" in " ".join(process.info["cmdline"] or []) and any(f.path == log for f in process.open_files()):
             return process.pid
@@ -171,7 +177,9 @@ def test_trials_of_two_workers_leave_no_group_and_no_actor_however_they_end(
     each: int, make_trial: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     def trial(seed: int, *more: str) -> dict[str, Any]:
-        return make_trial(f"train.seed={seed}", "scale.num_workers=2", "scale.cpus_per_worker=0.6", "scale.max_failures=0", *more)
+        return make_trial(
+            f"train.seed={seed}", "scale.num_workers=2", "scale.cpus_per_worker=0.6", "scale.max_failures=0", *more
+        )
 
     finished, stopped = [trial(seed) for seed in range(each)], [trial(100 + seed) for seed in range(each)]
     long = ("train.steps=3000", "eval.every_steps=20", "checkpoint.every_steps=20")  # they end by a kill

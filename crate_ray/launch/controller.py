@@ -1,0 +1,32 @@
+"""Ending a Ray Train controller from outside: `fit()` gives nobody the means to."""
+
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from crate_ray.launch.placement import free_groups_of
+
+ABORT_S = 5.0  # for a controller to end its workers; then it is killed
+
+
+class ControllerHandle(ControllerCallback):
+    """Sends the controller's own handle down a RunLine."""
+
+    def __init__(self, line: Any) -> None:
+        self._line = line
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """See ControllerCallback."""
+        self._line.put_controller.remote(ray.get_runtime_context().current_actor)
+
+
+def end_controller(controller: Any) -> None:
+    """Ends the controller with its workers and their group; by force where it does not listen, as when it waits for room."""
+    try:
+        ray.get(controller.abort.remote(), timeout=ABORT_S)
+    except ray.exceptions.GetTimeoutError:
+        ray.kill(controller)
+    except ray.exceptions.RayActorError:
+        pass  # that is how it ends
+    free_groups_of(controller._actor_id.hex())
