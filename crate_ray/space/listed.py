@@ -12,10 +12,9 @@ from crate_ray.space.point import Point
 
 
 class ListedPlanner:
-    """Hands out a list; see `Planner`."""
+    """Hands out a list, or its first `most` points; see `Planner`."""
 
     def __init__(self, plan: Plan, *, most: int | None = None) -> None:
-        """Args: plan: Points of every arm. most: Trials over all arms; the first ones of the list."""
         turns = itertools.zip_longest(*plan.points.values())
         points = [point for turn in turns for point in turn if point is not None]
         self._points = points[:most]

@@ -2,8 +2,8 @@
 
 In: a SweepConfig and the path of the database. Out: points, asked and told. Optuna sees independent keys only; dependents
 follow, and suggestions that a constraint refuses are told as failed before they cost anything. A sampler is seeded by the
-number of its trial, so that a session that goes on with a study suggests what an uncut one would; the price is a new sampler
-for each suggestion.
+number of its trial, so that a later session does not repeat the first draws of an earlier one; the price is a new sampler for
+each suggestion.
 """
 
 import json
@@ -45,7 +45,6 @@ class StudyPlanner:
         self.total: int | None = sweep.budget.trials
         self.refused: Counter[str] = Counter()
         self.matches: Sequence[Match] = ()
-        self._turn = 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -54,14 +53,11 @@ class StudyPlanner:
 
     def ask(self) -> Point | None:
         """See Planner."""
-        names = list(self._arms)
-        for _ in names:
-            arm = self._arms[names[self._turn % len(names)]]
-            self._turn += 1
-            with _quiet():
+        with _quiet():
+            for arm in sorted(self._arms.values(), key=lambda arm: arm.num_asked):
                 point = arm.ask(self.refused)
-            if point is not None:
-                return point
+                if point is not None:
+                    return point
         return None
 
     def tell(self, point: Point, values: Mapping[str, float]) -> None:
@@ -79,7 +75,6 @@ class StudyPlanner:
         with _quiet():
             for name, arm in self._arms.items():
                 arm.restore([(point, values) for point, values in done if point.arm == name])
-        self._turn = sum(arm.num_asked for arm in self._arms.values())
 
 
 class _ArmStudy:
@@ -138,26 +133,27 @@ class _ArmStudy:
             self._add(point, numbers)
 
     def restore(self, done: Sequence[tuple[Point, Mapping[str, float] | None]]) -> None:
-        from optuna.trial import TrialState
-
         ended = {point.key: (point, values) for point, values in done}
         known: set[str] = set()
         for trial in self._study.get_trials(deepcopy=False):
-            if trial.state == TrialState.WAITING:
-                continue
-            point, reason = self._point(trial.params)
-            if trial.state == TrialState.RUNNING and point.key in ended:
-                self._tell_trial(trial.number, self._numbers(*ended[point.key]))
-            elif trial.state == TrialState.RUNNING:
-                self._study.tell(trial.number, state=TrialState.FAIL)
-                if reason is None:
-                    self._study.enqueue_trial(trial.params, skip_if_exists=False)
-            known.add(point.key)
+            if self._distributions.keys() <= trial.params.keys():
+                known.add(self._settle(trial, ended))
+            elif trial.state.name == "RUNNING":  # killed before all of its values were drawn
+                self._tell_trial(trial.number, None)
         for key, (point, values) in ended.items():
             self._ended[key] = self._numbers(point, values)
             if key not in known:
                 self._add(point, self._ended[key])
         self.num_asked = len(ended)
+
+    def _settle(self, trial: "optuna.trial.FrozenTrial", ended: Mapping[str, tuple[Point, Mapping[str, float] | None]]) -> str:
+        """Ends what an earlier session left running: with its values, or failed and to be asked again. Returns its key."""
+        point, reason = self._point(trial.params)
+        if trial.state.name == "RUNNING":
+            if point.key not in ended and reason is None:
+                self._study.enqueue_trial(trial.params)
+            self._tell_trial(trial.number, self._numbers(*ended[point.key]) if point.key in ended else None)
+        return point.key
 
     def _suggest(self) -> "optuna.Trial":
         seed = int(
