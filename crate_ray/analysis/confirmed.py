@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from crate_ray.analysis.objectives import MEASURES
-from crate_ray.analysis.ranking import Ranking, point_of
+from crate_ray.analysis.ranking import Ranking, point_of, spelling
 from crate_ray.analysis.statistics import PairedInterval, paired_t_interval
 from crate_ray.config import SweepConfig
 from crate_ray.runs import TrialRow
@@ -110,11 +110,11 @@ def confirmed(rows: Sequence[TrialRow], sweep: SweepConfig, ranking: Ranking) ->
     """
     if sweep.confirm is None:
         return []
-    places = {_identity(trial.row): trial.place for arm in ranking.arms for trial in arm.trials}
+    places = {_identity(trial.row, sweep): trial.place for arm in ranking.arms for trial in arm.trials}
     groups: dict[tuple[str, str], list[TrialRow]] = {}
     for row in rows:
         if row.stage == "confirm":
-            groups.setdefault(_identity(row), []).append(row)
+            groups.setdefault(_identity(row, sweep), []).append(row)
     seeds = range(sweep.confirm.first_seed, sweep.confirm.first_seed + sweep.confirm.seeds)
     found = [_summary(group, seeds, sweep.objective[0], places.get(identity)) for identity, group in groups.items()]
     arms = list(dict.fromkeys(arm.arm for arm in ranking.arms))
@@ -127,13 +127,16 @@ def differences(configurations: Sequence[Confirmed], sweep: SweepConfig) -> list
     points: dict[str, dict[str, Any]] = {}
     for item in configurations:
         point = _shared_point(item.values, sweep)
-        points.setdefault(repr(point), point)
-        chosen.setdefault(repr(point), {}).setdefault(item.arm, item)  # the first of an arm is its best
+        points.setdefault(spelling(point), point)
+        chosen.setdefault(spelling(point), {}).setdefault(item.arm, item)  # the first of an arm is its best
     return [_difference(a, b, points[name]) for name, of_arm in chosen.items() for a, b in combinations(of_arm.values(), 2)]
 
 
-def _identity(row: TrialRow) -> tuple[str, str]:
-    return row.arm, repr(sorted(row.values.items()))
+def _identity(row: TrialRow, sweep: SweepConfig) -> tuple[str, str]:
+    """The same for a configuration's trials of both stages, whose length may differ, and with it the keys that follow it."""
+    domains = sweep.domains_of(row.arm)
+    chosen = {key: value for key, value in row.values.items() if key not in domains or not domains[key].is_dependent}
+    return row.arm, spelling(chosen)
 
 
 def _summary(group: Sequence[TrialRow], seeds: Sequence[int], objective: str, place: int | None) -> Confirmed:

@@ -6,6 +6,7 @@ says little about its end, so it stands after every finished trial however good 
 where they answer the same question (see `runs.loss_target`); other objectives across all trials of an arm.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,8 +142,17 @@ def same_question(candidates: Sequence[Asked], objectives: Iterable[str]) -> lis
 
 
 def point_of(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
-    """The keys of a point of the space: all that are not tuned."""
-    return {key: value for key, value in values.items() if key not in sweep.tune}
+    """The keys of a point of the space: all that are not tuned and do not follow a tuned one."""
+    tuned = set(sweep.tune)
+    domains = [*sweep.space.items(), *(item for one in sweep.arms.values() for item in one.space.items())]
+    while followers := {key for key, domain in domains if domain.of in tuned} - tuned:
+        tuned |= followers
+    return {key: value for key, value in values.items() if key not in tuned}
+
+
+def spelling(values: Mapping[str, Any]) -> str:
+    """One spelling of values, whether or not they went through a file."""
+    return json.dumps(values, sort_keys=True)
 
 
 def own_values(values: Mapping[str, Any], sweep: SweepConfig, arm: str) -> dict[str, Any]:
@@ -186,7 +196,7 @@ def _points(trials: Sequence[Ranked], sweep: SweepConfig) -> list[PointBest]:
     groups: dict[str, list[Ranked]] = {}
     for trial in trials:
         if trial.step is None:
-            groups.setdefault(repr(sorted(point_of(trial.row.values, sweep).items())), []).append(trial)
+            groups.setdefault(spelling(point_of(trial.row.values, sweep)), []).append(trial)
     return [
         PointBest(point_of(group[0].row.values, sweep), group[0], tuned_keys(group[0].row, sweep), len(group))
         for group in groups.values()

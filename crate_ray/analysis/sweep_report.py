@@ -10,7 +10,7 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.analysis import sweep_sections as sections
 from crate_ray.analysis.objectives import MEASURES, values_text
-from crate_ray.analysis.ranking import own_values, same_question
+from crate_ray.analysis.ranking import ArmRanking, own_values, same_question
 from crate_ray.analysis.sweep_cautions import cautions
 from crate_ray.analysis.sweep_findings import SweepFindings, sweep_findings
 from crate_ray.analysis.sweep_plots import ArmStyle, Line, arm_styles, plot_front, plot_importance, plot_keys, plot_learning
@@ -88,7 +88,7 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
         "## While training",
         shown("learning") or "No trial was evaluated twice.",
         "## Cost",
-        sections.cost(findings.rows, results.get("forecast") or {}, results.get("spent") or {}),
+        sections.cost(findings, results.get("forecast") or {}, results.get("spent") or {}),
         "## What must not be concluded",
         sections.bullets(cautions(findings, planned=planned)),
     ]
@@ -106,12 +106,7 @@ def headline(findings: SweepFindings) -> str:
     if measured:
         arms = dict.fromkeys((item.first.arm, item.second.arm) for item in measured)
         return " ".join(_wins(findings, first, second) for first, second in arms)
-    best = [
-        f"{arm.arm}{f' at {values_text(arm.target)}' if arm.target else ''}: {values_text(own_values(arm.best.best.row.values, findings.sweep, arm.arm))}, "
-        f"{_with_unit(findings, arm.best.best.value)}"
-        for arm in findings.ranking.arms
-        if arm.best
-    ]
+    best = [_best_text(arm, findings) for arm in findings.ranking.arms if arm.best]
     return (
         f"Not confirmed: best of the screening, one seed a trial. {'; '.join(best)}." if best else "No trial has finished yet."
     )
@@ -129,9 +124,12 @@ def _wins(findings: SweepFindings, first: str, second: str) -> str:
     )
 
 
-def _with_unit(findings: SweepFindings, value: float) -> str:
+def _best_text(arm: ArmRanking, findings: SweepFindings) -> str:
+    assert arm.best is not None
     measure = MEASURES[findings.sweep.objective[0]]
-    return f"{measure.label} {measure.text(value)}{f' {measure.unit}' if measure.unit else ''}"
+    where = f" at {values_text(arm.target)}" if arm.target else ""
+    values = values_text(own_values(arm.best.best.row.values, findings.sweep, arm.arm))
+    return f"{arm.arm}{where}: {values}, {measure.label} {measure.text(arm.best.best.value)} {measure.unit}".rstrip()
 
 
 def _write_pictures(folder: RunFolder, findings: SweepFindings) -> list[str]:

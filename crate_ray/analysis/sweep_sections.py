@@ -20,8 +20,8 @@ _SHOWN_TRIALS = 10  # of an arm
 _SHOWN_POINTS = 30
 _SHOWN_REASONS = 8  # of one kind of end
 _COST_NAMES = {
-    "trials": "trials",
-    "hours": "wall time (hours)",
+    "steps": "training steps",
+    "wall_hours": "wall time (hours)",
     "gpu_hours": "GPU-hours",
     "cpu_hours": "CPU-hours",
     "usd": "cost (USD)",
@@ -279,26 +279,50 @@ def _importance_line(item: Importance) -> str:
     return f"{item.arm}: {shares}, together and unexplained {100 * rest:.0f}%, over {item.num_trials} finished trials."
 
 
-def cost(rows: Sequence[TrialRow], forecast: Mapping[str, Any], spent: Mapping[str, Any]) -> str:
-    """The forecast beside what was spent, with its error."""
-    hours = sum(row.seconds for row in rows) / 3600
-    held = f"The trials held their resources for {hours:.2f} hours together."
-    keys = [key for key in forecast if _is_number(forecast[key]) and _is_number(spent.get(key))]
+def cost(findings: SweepFindings, forecast: Mapping[str, Any], spent: Mapping[str, float]) -> str:
+    """The forecast beside what was spent, with its error.
+
+    Args:
+        findings: Of the sweep.
+        forecast: What the forecast says as JSON: `total` holds {low, expected, high} of hours and dollars, `stages` of steps.
+        spent: Trials, hours, trial_hours, gpu_hours, and usd where a price is known.
+    """
+    used = {**_devices_used(findings, spent), "steps": float(sum(row.step for row in findings.rows))}
+    ranges = {**forecast.get("total", {}), "steps": _expected_steps(forecast)}
     lines = [
-        (
-            _COST_NAMES.get(key, key.replace("_", " ")),
-            f"{forecast[key]:.3g}",
-            f"{spent[key]:.3g}",
-            _error(forecast[key], spent[key]),
-        )
-        for key in keys
+        _cost_cells(name, ranges[key], used[key])
+        for key, name in _COST_NAMES.items()
+        if isinstance(ranges.get(key), dict) and key in used
     ]
-    return "\n\n".join([*([table(("", "forecast", "spent", "error of the forecast"), lines)] if lines else []), held])
+    hours = sum(row.seconds for row in findings.rows) / 3600
+    held = f"The trials held their resources for {_amount(hours)} hours together."
+    header = ("", "forecast", "from low to high", "spent", "error of the forecast")
+    return "\n\n".join([*([table(header, lines)] if lines else ["No forecast was recorded."]), held])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _devices_used(findings: SweepFindings, spent: Mapping[str, float]) -> dict[str, float]:
+    """What was spent, under the names of the forecast."""
+    resources = findings.sweep.resources_per_trial
+    used = {
+        name: spent[key] for name, key in (("wall_hours", "hours"), ("gpu_hours", "gpu_hours"), ("usd", "usd")) if key in spent
+    }
+    if "trial_hours" in spent:
+        used["cpu_hours"] = spent["trial_hours"] * resources.num_workers * resources.cpus
+    return used
 
 
-def _error(forecast: float, spent: float) -> str:
-    return f"{100 * (forecast - spent) / spent:+.0f}%" if spent else "-"
+def _expected_steps(forecast: Mapping[str, Any]) -> dict[str, float] | None:
+    stages = [stage["steps"] for stage in forecast.get("stages", {}).values()]
+    return {end: sum(steps[end] for steps in stages) for end in ("low", "expected", "high")} if stages else None
+
+
+def _cost_cells(name: str, forecast: Mapping[str, float], spent: float) -> list[str]:
+    low, expected, high = (forecast[end] for end in ("low", "expected", "high"))
+    error = f"{100 * (expected - spent) / spent:+.0f}%" if spent else "-"
+    where = "inside" if low <= spent <= high else "outside"
+    return [name, _amount(expected), f"{_amount(low)} to {_amount(high)}", _amount(spent), f"{error}, {where} its range"]
+
+
+def _amount(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
