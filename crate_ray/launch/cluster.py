@@ -7,9 +7,11 @@ here turn Ray's endless waits (no cluster, too few CPUs) into an error in the fi
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crate_ray.config import ConfigError, RunConfig, ScaleConfig
+from crate_ray.config.sweep import TrialResources
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,22 @@ class Capacity:
 
     def workers(self, need: dict[str, float]) -> int:
         """How many workers of this need fit now; one worker never spans two nodes."""
-        return sum(min(int(node.get(key, 0.0) // amount) for key, amount in need.items()) for node in self.nodes)
+        return sum(_workers_on(node, need) for node in self.nodes)
+
+    def workers_at_most(self, need: dict[str, float]) -> int:
+        """How many an autoscaler could make room for; as many as now without one."""
+        return max(self.workers(need), _workers_on(self.limit, need) if self.limit else 0)
+
+
+def _workers_on(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """A fraction of a card is a fraction of one card: two halves never lie on two."""
+    fits = []
+    for key, amount in need.items():
+        if key == "GPU" and amount < 1:
+            fits.append(int(have.get(key, 0.0)) * int(1 / amount + 1e-9))
+        else:
+            fits.append(int(have.get(key, 0.0) / amount + 1e-9))
+    return min(fits)
 
 
 def connect() -> str:
@@ -117,6 +134,14 @@ def capacity() -> Capacity:
     return Capacity(nodes, {key: float(value) for key, value in limit.items()})
 
 
+def this_machine() -> Capacity:
+    """What a cluster of this machine alone would have."""
+    import torch
+    from ray._private.utils import get_num_cpus
+
+    return Capacity(({"CPU": float(get_num_cpus()), "GPU": float(torch.cuda.device_count())},), {})
+
+
 def worker_need(scale: ScaleConfig) -> dict[str, float]:
     """Ray resources of one worker."""
     return {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.use_gpu is True else {})
@@ -169,3 +194,35 @@ def check_preprocessing(config: RunConfig) -> None:
             f"{scale.cpus_per_worker:g} CPU and one actor of 1 CPU for each need {need:g}, and the cluster has {cpus:g}; add "
             "nodes, lower scale.num_workers, or leave data.preprocess out"
         )
+
+
+def trial_need(resources: TrialResources) -> dict[str, float]:
+    """Ray resources of one worker of a trial."""
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+
+def trial_room(resources: TrialResources, have: Capacity) -> int:
+    """How many trials fit side by side: on the live nodes, or on those that an autoscaler may still start.
+
+    The latter, so that demand appears for nodes that are not there yet.
+    """
+    return have.workers_at_most(trial_need(resources)) // resources.num_workers
+
+
+def check_trial_fits(resources: TrialResources, have: Capacity) -> None:
+    """Refuses trials that can never start; Tune would wait for ever, without a word.
+
+    Raises:
+        ConfigError: What a trial takes, and what the nodes have.
+    """
+    if trial_room(resources, have) > 0:
+        return
+    need = trial_need(resources)
+    asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
+    there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
+    grow = f" and can grow to {' and '.join(f'{have.limit.get(key, 0.0):g} {key}' for key in need)}" if have.limit else ""
+    raise ConfigError(
+        f"resources_per_trial: a trial takes {resources.num_workers} x {asked} and never fits: the cluster's nodes have "
+        f"{there}{grow}, room for {have.workers_at_most(need)} such workers; lower resources_per_trial.num_workers, .cpus or "
+        ".gpus, or add nodes"
+    )

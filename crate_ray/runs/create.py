@@ -11,7 +11,7 @@ import time
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, digest, run_name
@@ -29,6 +29,7 @@ def open_run(
     kind: str = "train",
     study: str = "",
     parent_uid: str | None = None,
+    stage: Literal["screen", "confirm"] | None = None,
     uri: str | None = None,
 ) -> RunFolder:
     """Finds or creates the folder of a run.
@@ -39,6 +40,7 @@ def open_run(
         kind: What the run is for: train, trial, control, probe, compare or sweep.
         study: The study that it belongs to.
         parent_uid: The run_uid of the sweep or comparison above it.
+        stage: Of a trial: whether its sweep chooses by it, or compares it.
         uri: The folder, where it is not storage.path/name.
 
     Raises:
@@ -46,7 +48,8 @@ def open_run(
     """
     folder = find_run(config, fingerprint["resume"]["parts"], uri=uri)
     if folder.read_json("run_meta.json") is None:
-        folder.write_json("run_meta.json", _meta(config, kind, study, parent_uid))
+        meta = run_meta(family=config.model.family, kind=kind, study=study, parent_uid=parent_uid)
+        folder.write_json("run_meta.json", meta if stage is None else {**meta, "stage": stage})
     if folder.read_json("fingerprint.json") is None:
         folder.write_json("fingerprint.json", fingerprint)
     folder.write_config(config)
@@ -96,12 +99,13 @@ def _differences(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) ->
     )
 
 
-def _meta(config: RunConfig, kind: str, study: str, parent_uid: str | None) -> dict[str, Any]:
+def run_meta(*, family: str, kind: str, study: str, parent_uid: str | None) -> dict[str, Any]:
+    """The content of a new run's run_meta.json: a run_uid of its own, and where it comes from."""
     commit, dirty = git_state()
     return {
         "run_uid": uuid.uuid4().hex,
         "kind": kind,
-        "family": config.model.family,
+        "family": family,
         "study": study,
         "parent_uid": parent_uid,
         "created": time.time(),

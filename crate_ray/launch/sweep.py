@@ -1,0 +1,393 @@
+"""One sweep through Ray Tune, from the driver's side.
+
+In: a SweepConfig. Out: a sweep folder with its trials and its end written down. Each stage is one Tune experiment in a thread;
+the main thread owns the signals, the lease and the caller's callbacks. What a later session goes on from is the trials' own
+folders and the study; Tune's state lives in a scratch folder that is gone at the end.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from crate_ray import storage
+from crate_ray.config import SweepConfig
+from crate_ray.config.prices import find_price
+from crate_ray.data import load_source
+from crate_ray.launch.budget import Budget
+from crate_ray.launch.cluster import capacity, check_trial_fits, connect, trial_room
+from crate_ray.launch.experiment import SCRATCH, Experiment
+from crate_ray.launch.placement import free_orphaned_groups
+from crate_ray.launch.roster import Roster
+from crate_ray.launch.schedulers import size_bounds
+from crate_ray.launch.searcher import ListedPoints, PlannedSearch, Points
+from crate_ray.launch.sweep_folder import locate_sweep, read_sweep, write_sweep
+from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals
+from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, TrialRow, list_trials, read_records, read_status
+from crate_ray.runs.trials import objective_values
+from crate_ray.space.arms import arm_config, arms, point_config
+from crate_ray.space.check import check_sweep
+from crate_ray.space.confirm import confirm_points
+from crate_ray.space.costs import quantities
+from crate_ray.space.plan import make_plan
+from crate_ray.space.planner import make_planner
+from crate_ray.space.point import Point
+from crate_ray.training.prepare import absolute_paths
+
+log = logging.getLogger(__name__)
+
+ROOM_S = 5.0  # between two looks at what the cluster has, and at what trials may have left behind
+# Tune's output, loggers, signal handler and own checkpoints are not wanted: folders and records are ours.
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_INIT": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # the searcher knows better; Tune's own limit is one
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class SweepEvents(Protocol):
+    """Who watches a sweep. Called from the main thread but for the two of a trial; each must return soon."""
+
+    def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
+        """What earlier sessions ended, how many trials the screening has, and how many points were refused."""
+        ...
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins."""
+        ...
+
+    def notes(self, *parts: str) -> None:
+        """What is used of the budget, in a few words each."""
+        ...
+
+    def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
+        """A trial gets its resources."""
+        ...
+
+    def trial_ended(self, row: TrialRow) -> None:
+        """A trial has given its resources back."""
+        ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
+        """See SweepEvents."""
+
+    def stage(self, name: str, total: int) -> None:
+        """See SweepEvents."""
+
+    def notes(self, *parts: str) -> None:
+        """See SweepEvents."""
+
+    def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
+        """See SweepEvents."""
+
+    def trial_ended(self, row: TrialRow) -> None:
+        """See SweepEvents."""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep stands after `run_sweep`; `signal` is the one that stopped it, `cut_short` the budget that did."""
+
+    folder: RunFolder
+    rows: list[TrialRow]
+    state: State
+    reason: str | None = None
+    signal: int | None = None
+    cut_short: str | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    was_finished: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Trials by state."""
+        return dict(Counter(row.state for row in self.rows))
+
+
+def run_sweep(
+    sweep: SweepConfig,
+    *,
+    events: SweepEvents | None = None,
+    on_start: Callable[[RunFolder], None] = lambda folder: None,
+    on_poll: Callable[[], None] = lambda: None,
+    on_stop: Callable[[int], None] = lambda number: None,
+) -> SweepOutcome:
+    """Runs a sweep to its end, or until SIGINT or SIGTERM; goes on with what is there.
+
+    Args:
+        sweep: As loaded.
+        events: Who watches.
+        on_start: Called once, when the folder is taken.
+        on_poll: Called several times a second from the main thread; must return soon.
+        on_stop: Called once with the signal, when a stop has been passed on.
+
+    Raises:
+        ConfigError: The sweep cannot start; nothing was written.
+        LeaseLostError: Another driver took the sweep over.
+    """
+    folder = locate_sweep(sweep)
+    if _is_done(folder, sweep):
+        rows = list_trials(folder.uri)
+        return SweepOutcome(folder, rows, "FINISHED", spent=_spent_before(folder), was_finished=True)
+    Lease.check_free(folder)
+    num_samples = _num_samples(sweep)
+    check_sweep(sweep, num_samples)
+    connect()
+    check_trial_fits(sweep.resources_per_trial, capacity())
+    storage.check_writable(storage.join(folder.uri, ".."))
+    with StopSignals() as signals:
+        lease = Lease.take(folder)
+        try:
+            uid = write_sweep(folder, sweep)
+            on_start(folder)
+            run = _Run(sweep, folder, lease, signals, events or Silent(), on_poll, on_stop, num_samples, uid)
+            outcome = run.run()
+        except LeaseLostError:
+            raise
+        except BaseException as error:
+            lease.end(
+                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", f"driver: {type(error).__name__}: {error}"
+            )
+            raise
+        lease.end(outcome.state, outcome.reason)
+    on_poll()
+    return outcome
+
+
+def _is_done(folder: RunFolder, sweep: SweepConfig) -> bool:
+    """Whether this very sweep, with this budget and confirmation, has come to its end."""
+    status = read_status(folder)
+    return status is not None and status.state == "FINISHED" and read_sweep(folder) == sweep
+
+
+def _num_samples(sweep: SweepConfig) -> int:
+    first = next(iter(arms(sweep)))
+    return int(load_source(absolute_paths(arm_config(sweep, first)).data.source).num_samples)
+
+
+def _spent_before(folder: RunFolder) -> dict[str, float]:
+    spent = folder.read_json("spent.json") or {}
+    return {key: value for key, value in spent.items() if key != "schema_version"}
+
+
+class _Run:
+    """One session of a sweep."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: RunFolder,
+        lease: Lease,
+        signals: StopSignals,
+        events: SweepEvents,
+        on_poll: Callable[[], None],
+        on_stop: Callable[[int], None],
+        num_samples: int,
+        uid: str,
+    ) -> None:
+
+        self.sweep, self.folder, self.lease, self.signals = sweep, folder, lease, signals
+        self.events, self.on_poll, self.on_stop = events, on_poll, on_stop
+        self.num_samples, self.uid = num_samples, uid
+        resources = sweep.resources_per_trial
+        price = find_price(sweep.budget, resources)
+        self.budget = Budget(
+            sweep.budget,
+            resources,
+            hour_price=price.usd_per_trial_hour(resources) if price else None,
+            hours_before=_spent_before(folder).get("hours", 0.0),
+        )
+        self.grace_s = arm_config(sweep, next(iter(arms(sweep)))).checkpoint.stop_grace_s
+        self.cut_short: str | None = None
+        self.is_stopping = threading.Event()
+        self._room, self._looked_at = trial_room(resources, capacity()), 0.0
+
+    def run(self) -> SweepOutcome:
+        """Both stages."""
+        rows = list_trials(self.folder.uri)
+        self.budget.take_in(rows)
+        storage.delete(self.folder.path(SCRATCH))  # of a session that was killed
+        with _tune_environment():
+            reason = self._screen(rows)
+            if reason is None and not self.is_stopping.is_set() and self.sweep.confirm is not None:
+                reason = self._confirm()
+        storage.delete(self.folder.path(SCRATCH))
+        rows = self._write_results()
+        state, reason = self._end_state(rows, reason)
+        return SweepOutcome(
+            self.folder,
+            rows,
+            state,
+            reason,
+            signal=self.signals.received,
+            cut_short=self.cut_short,
+            spent=self.budget.spent(),
+        )
+
+    def _end_state(self, rows: list[TrialRow], reason: str | None) -> tuple[State, str | None]:
+        if self.is_stopping.is_set():
+            return "KILLED", reason or f"{_signal_name(self.signals)}; running trials wrote a checkpoint"
+        if reason is not None:
+            return "FAILED", reason
+        ended = {row.arm for row in rows if row.state in ("FINISHED", "STOPPED")}
+        missing = [name for name in arms(self.sweep) if name not in ended]
+        if missing:
+            return "FAILED", f"no trial of arm {', '.join(missing)} came to an end"
+        return "FINISHED", None
+
+    def _screen(self, rows: list[TrialRow]) -> str | None:
+
+        local = storage.local_path(self.folder.path("study.db")) if self.folder.is_local else None
+        planner = make_planner(self.sweep, self.num_samples, study_path=None if local is None else str(local))
+        over = [row for row in rows if row.is_over and row.stage == "screen"]
+        planner.restore([(_point(row), None if row.state == "INFEASIBLE" else _values(row)) for row in over])
+        self.events.known(over, total=planner.total, refused=sum(planner.refused.values()))
+        return self._fit("screen", planner, over, total=planner.total or 0)
+
+    def _confirm(self) -> str | None:
+
+        points = confirm_points(self.sweep, self._write_results(), self.num_samples)
+        over = [row for row in list_trials(self.folder.uri) if row.is_over and row.stage == "confirm"]
+        return self._fit("confirm", ListedPoints(points), over, total=len(points))
+
+    def _fit(self, stage: str, points: Points, over: Sequence[TrialRow], *, total: int) -> str | None:
+        """One Tune experiment; a reason when it did not come to its end."""
+        self.events.stage(stage, total)
+        roster = Roster(
+            self.sweep, self.folder, num_samples=self.num_samples, parent_uid=self.uid, bounds=self._size_bounds(stage)
+        )
+        search = PlannedSearch(
+            points,
+            over=[row.id for row in over],
+            roster=roster,
+            budget=self.budget,
+            room=lambda: self._room,
+            is_stopping=self.is_stopping.is_set,
+            watcher=self.events,
+        )
+        experiment = Experiment(self.sweep, self.folder, stage, search, grace_s=self.grace_s + EXIT_GRACE_S)
+        for row in over:
+            entry = roster.plan(_point(row)).entry
+            experiment.scheduler.prime(row.id, entry, _reports(self.folder, row))
+        try:
+            experiment.start()
+            reason = self._follow(experiment)
+        except BaseException:
+            experiment.abort()
+            raise
+        search.abandon(_signal_name(self.signals) if self.is_stopping.is_set() else "the sweep ended")
+        self._free_groups()
+        self.cut_short = search.cut_short
+        self._write_results()
+        return reason
+
+    def _size_bounds(self, stage: str) -> list[float]:
+
+        scheduler = self.sweep.scheduler
+        if scheduler.bracket_by is None or stage == "confirm":
+            return []
+        planned = [point for points in make_plan(self.sweep, self.num_samples).points.values() for point in points]
+        sizes = [quantities(point_config(self.sweep, point))["params_m"] for point in planned]
+        return size_bounds(sizes, scheduler.num_brackets)
+
+    def _follow(self, experiment: Experiment) -> str | None:
+        """Waits for the experiment, passing a stop on."""
+        deadline: float | None = None
+        while experiment.is_running():
+            experiment.wait(POLL_S)
+            self.lease.beat()
+            self._look_around()
+            self.on_poll()
+            if self.signals.received is not None and deadline is None:
+                self.is_stopping.set()
+                deadline = time.monotonic() + self.grace_s + 2 * EXIT_GRACE_S
+                self.on_stop(self.signals.received)
+            if deadline is not None and time.monotonic() > deadline:
+                experiment.abort()
+                return f"{_signal_name(self.signals)}; trials without a checkpoint in time go on from the one before"
+        return experiment.end()
+
+    def _look_around(self) -> None:
+        """Now and then: what the cluster has, what the sweep has used, and what trials have left behind."""
+        if time.monotonic() - self._looked_at < ROOM_S:
+            return
+        self._looked_at = time.monotonic()
+        room = trial_room(self.sweep.resources_per_trial, capacity())
+        self._room = min(room, self.sweep.max_concurrent or room)
+        self._free_groups()
+        spent = self.budget.spent()
+        self.folder.write_json("spent.json", spent)
+        self.events.notes(*_notes(self.sweep, spent))
+
+    def _free_groups(self) -> None:
+
+        if self.sweep.resources_per_trial.num_workers > 1:
+            free_orphaned_groups()
+
+    def _write_results(self) -> list[TrialRow]:
+        rows = list_trials(self.folder.uri)
+        spent = self.budget.spent()
+        counts = Counter(row.state for row in rows)
+        self.folder.write_json("spent.json", spent)
+        self.folder.write_json(
+            "results.json", {"rows": [row.as_dict() for row in rows], "spent": spent, "counts": dict(counts)}
+        )
+        return rows
+
+
+def _notes(sweep: SweepConfig, spent: dict[str, float]) -> list[str]:
+    limits = sweep.budget
+    return [
+        f"{spent.get(name, 0.0):.3g} of {limit:g} {name.replace('_', ' ')}"
+        for name in ("gpu_hours", "hours", "usd")
+        if (limit := getattr(limits, name)) is not None
+    ]
+
+
+def _signal_name(signals: StopSignals) -> str:
+    return signal.Signals(signals.received or signal.SIGTERM).name
+
+
+def _point(row: TrialRow) -> Point:
+    return Point(row.arm, row.values, row.seed, row.stage)
+
+
+def _values(row: TrialRow) -> dict[str, float]:
+    return {**row.quantities, **row.objectives}
+
+
+def _reports(folder: RunFolder, row: TrialRow) -> list[dict[str, float]]:
+    """What a trial reported, from its records: the steps with an evaluation."""
+    records = read_records(RunFolder(folder.path("trials", row.id)))
+    return [{"step": record.step, **objective_values(record.values)} for record in records if "eval/loss" in record.values]
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Tune reads its settings from the environment, and logs what rows and screens say better."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    added = [key for key in _ENVIRONMENT if key not in os.environ]
+    os.environ.update({key: _ENVIRONMENT[key] for key in added})
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for key in added:
+            os.environ.pop(key, None)
