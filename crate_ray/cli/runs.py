@@ -1,10 +1,12 @@
 """`crate-ray runs`: the run folders below a root and how each stands, without MLflow.
 
-In: a folder of run folders. Out: one row a run, from status.json and the records. The records of every run are
-read whole, so a root of hundreds of long runs takes seconds; in return what is shown is what was measured.
+In: a folder of run folders, or of sweeps. Out: one row a run, from status.json and the records, trials below the name of
+their sweep. The records of every run are read whole, so a root of hundreds of long runs takes seconds; in return what is
+shown is what was measured.
 """
 
 import time
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ from crate_ray import storage
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
 from crate_ray.config import ConfigError
-from crate_ray.runs import RunFolder, Status, list_runs, read_records, read_status
+from crate_ray.runs import RunFolder, Status, list_runs, read_records, read_status, sweep_of
 
 Root = Annotated[str, typer.Argument(help="Folder or URL that holds run folders (storage.path).")]
 
@@ -34,11 +36,24 @@ def runs(root: Root = "out", as_json: Json = False) -> None:
     elif not rows:
         console.print(f"no runs in {escape(root)} yet; `crate-ray train RECIPE` makes one", soft_wrap=True)
     else:
-        header = ("run", "state", "step", "train", "eval", "kNN", "probe", "time")
-        print_table(header, [_cells(row) for row in rows])
-        for row in rows:
-            if row["reason"]:
-                console.print(f"{escape(row['name'])}: {escape(row['reason'])}", soft_wrap=True)
+        _print([row for row in rows if row["sweep"] is None])
+        for uri in dict.fromkeys(row["sweep"] for row in rows if row["sweep"] is not None):
+            _print([row for row in rows if row["sweep"] == uri], of=RunFolder(uri))
+
+
+def _print(rows: list[dict[str, Any]], *, of: RunFolder | None = None) -> None:
+    """A table of runs, with the sweep that they are trials of above it."""
+    if not rows:
+        return
+    if of is not None:
+        states = Counter(row["state"].lower() for row in rows)
+        trials = ", ".join(f"{number} {state}" for state, number in states.most_common())
+        title = f"sweep [bold]{escape(of.name)}[/bold], {_state(read_status(of)).lower()}; trials: {trials}"
+        console.print(f"\n{title}", soft_wrap=True, highlight=False)
+    print_table(("run", "state", "step", "train", "eval", "kNN", "probe", "time"), [_cells(row) for row in rows])
+    for row in rows:
+        if row["reason"]:
+            console.print(f"{escape(row['name'])}: {escape(row['reason'])}", soft_wrap=True)
 
 
 def find_runs(root: str) -> list[RunFolder]:
@@ -61,6 +76,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": folder.name,
         "uri": folder.uri,
+        "sweep": sweep.uri if (sweep := sweep_of(folder)) is not None else None,
         "state": _state(status),
         "step": records[-1].step if records else None,
         "total_steps": None,

@@ -18,7 +18,7 @@ from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, errors, print_json, print_table
 from crate_ray.cli.runs import Root, find_runs
 from crate_ray.config import ConfigError
-from crate_ray.runs import RunFolder, read_status, write_status
+from crate_ray.runs import RunFolder, read_status, sweep_of, write_status
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mirror run folders to MLflow, and look at them there.")
 
@@ -123,13 +123,17 @@ def _destination(folder: RunFolder, root: str, uri: str | None, experiment: str 
 
 
 def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: str | None) -> list[dict[str, Any]]:
-    """Syncs runs, those of one experiment together, so that parents come before what they started."""
+    """Syncs runs and the sweeps above them, those of one experiment together, so that parents come before what they started."""
     from crate_ray import tracking
     from crate_ray.tracking.client import public_uri
 
     groups: dict[tuple[str, str], list[RunFolder]] = {}
     for folder in folders:
-        groups.setdefault(_destination(folder, root, uri, experiment), []).append(folder)
+        group = groups.setdefault(_destination(folder, root, uri, experiment), [])
+        group.append(folder)
+        sweep = sweep_of(folder)
+        if sweep is not None and all(member.uri != sweep.uri for member in group):
+            group.append(sweep)
     rows = []
     for (store, name), members in groups.items():
         results = tracking.sync(members, store, name)

@@ -282,7 +282,11 @@ class ModelConfig(Frozen):
     @property
     def num_kept(self) -> int:
         """Patches that stay visible; truncation as in the published code."""
-        return int(self.num_patches * (1 - self.mask_ratio))
+        return self.kept_at(self.mask_ratio)
+
+    def kept_at(self, mask_ratio: float) -> int:
+        """Patches that stay visible at another mask ratio."""
+        return int(self.num_patches * (1 - mask_ratio))
 
     def per_layer(self, name: Literal["ista_step_size", "ista_lambda"]) -> tuple[float, ...]:
         """The value for each encoder layer."""
@@ -336,8 +340,9 @@ def _fill_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def _unset_ablation(values: dict[str, Any], *, vit: bool) -> dict[str, Any]:
     """What is asked for and is so in the family anyway becomes None; a sweep over both values names one model each."""
-    own = {"attention": "untied" if vit else "tied", "feedforward": "mlp" if vit else "ista", "share_layers": False}
-    if (values.get("feedforward") or own["feedforward"]) == "mlp":
+    attention, feedforward = ("untied", "mlp") if vit else ("tied", "ista")
+    own: dict[str, Any] = {"attention": attention, "feedforward": feedforward, "share_layers": False}
+    if (values.get("feedforward") or feedforward) == "mlp":
         own["mlp_ratio"] = _MLP_RATIO
     return {key: None for key, value in own.items() if key in values and values[key] == value}
 

@@ -276,7 +276,19 @@ class RunConfig(Frozen):
             )
         if self.data.is_mixing:
             check_pairs(self, self.scale.num_workers)
+        self._check_mask_ratios()
         return self
+
+    def _check_mask_ratios(self) -> None:
+        ratios = self.eval.mask_ratios or ()
+        if ratios and self.task != "pretrain":
+            raise ValueError("eval.mask_ratios hides patches, and task = classify hides none: leave it out, or pretrain")
+        unusable = [f"{ratio:g}" for ratio in ratios if not 1 <= self.model.kept_at(ratio) < self.model.num_patches]
+        if unusable:
+            raise ValueError(
+                f"eval.mask_ratios holds {', '.join(unusable)}, which hides none or all of {self.model.num_patches} patches; "
+                "at least one must be kept and one masked"
+            )
 
     def _check_pretrain(self) -> None:
         if self.model.num_classes is not None:

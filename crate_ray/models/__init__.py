@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crate_ray.models.classifier import Classifier as Classifier
     from crate_ray.models.create import create_model as create_model
+    from crate_ray.models.create import with_shared_weights as with_shared_weights
     from crate_ray.models.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from crate_ray.models.masked_autoencoder import MaskedAutoencoderOutput as MaskedAutoencoderOutput
     from crate_ray.models.weights import load_weights as load_weights
@@ -19,6 +20,7 @@ _HOMES = {
     "MaskedAutoencoderOutput": "masked_autoencoder",
     "create_model": "create",
     "load_weights": "weights",
+    "with_shared_weights": "create",
 }
 
 

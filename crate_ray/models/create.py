@@ -4,11 +4,15 @@ In: `crate_mae_base`, or a ModelConfig, and keys to change. Out: a float32 model
 a surrounding `torch.device` context), initialised from torch's global generator: the caller seeds.
 """
 
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from crate_ray.config import ModelConfig
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.masked_autoencoder import MaskedAutoencoder
+
+Model = TypeVar("Model", bound=MaskedAutoencoder | Classifier)
 
 
 def create_model(preset_or_config: str | ModelConfig, **overrides: Any) -> MaskedAutoencoder | Classifier:
@@ -28,3 +32,20 @@ def create_model(preset_or_config: str | ModelConfig, **overrides: Any) -> Maske
     else:
         config = preset_or_config
     return MaskedAutoencoder(config) if config.num_classes is None else Classifier(config)
+
+
+def with_shared_weights(model: Model, **overrides: Any) -> Model:
+    """The same tensors under another configuration; nothing is copied, and what one of the two learns the other knows.
+
+    Args:
+        model: Its training mode is kept.
+        **overrides: Keys of ModelConfig that leave names and shapes alone, such as `mask_ratio=0.5`.
+
+    Raises:
+        ConfigError: Unknown keys, or values that do not fit together.
+    """
+    with torch.device("meta"):
+        other = create_model(model.config, **overrides)
+    assert type(other) is type(model)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.train(model.training)

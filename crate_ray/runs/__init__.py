@@ -1,7 +1,7 @@
 """The run folder: layout, records, status, lease, fingerprint check. No torch, ray or mlflow here."""
 
 from crate_ray.runs.create import find_run, git_state, is_finished, open_run, record_precision, versions
-from crate_ray.runs.folder import RunFolder, list_runs
+from crate_ray.runs.folder import RunFolder, list_runs, sweep_of
 from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
 from crate_ray.runs.records import (
     SEGMENT_SECONDS,
@@ -73,6 +73,7 @@ __all__ = [
     "read_sweep",
     "read_trial",
     "record_precision",
+    "sweep_of",
     "versions",
     "write_status",
     "write_trial",

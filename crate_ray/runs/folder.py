@@ -10,6 +10,9 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.config import SCHEMA_VERSION, RunConfig, dump_yaml, read_yaml
 
+_TRIALS = "trials"
+_SWEEP = "sweep.yaml"
+
 
 class RunFolder:
     """Paths and small files of one run.
@@ -70,12 +73,22 @@ def load_run_text(text: str, *, where: str) -> RunConfig:
 
 
 def list_runs(root: str) -> list[RunFolder]:
-    """Run folders directly below a folder, and below its groups (`trials/`), sorted by path."""
+    """Run folders directly below a folder, in its `trials/`, and those of the sweeps below it, sorted by path."""
     found: list[RunFolder] = []
     for name in storage.list_dir(root):
         folder = RunFolder(storage.join(root, name))
         if folder.exists():
             found.append(folder)
-        elif name == "trials":
-            found.extend(list_runs(storage.join(root, name)))
+        elif name == _TRIALS:
+            found.extend(list_runs(folder.uri))
+        elif storage.exists(folder.path(_SWEEP)):
+            found.extend(list_runs(folder.path(_TRIALS)))
     return found
+
+
+def sweep_of(folder: RunFolder) -> RunFolder | None:
+    """The folder of the sweep that a run is a trial of; None for any other run."""
+    place, mark, query = folder.uri.partition("?")
+    root, _, group = place.rpartition("/")[0].rpartition("/")
+    sweep = RunFolder(root + mark + query) if group == _TRIALS else None
+    return sweep if sweep is not None and storage.exists(sweep.path(_SWEEP)) else None

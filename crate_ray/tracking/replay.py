@@ -231,10 +231,12 @@ class RunReplay:
         session.client.set_terminated(self._run_id, status.state, end_time=to_ms(status.ended or status.heartbeat))
 
     def _send_finals(self, session: Session, status: Status) -> None:
-        """The values of final.json that no record carried."""
+        """The values of final.json that no record carried; of a sweep, how many of its trials ended how."""
         from mlflow.entities import Metric
 
         values = (self.folder.read_json("final.json") or {}).get("values", {})
+        counts = (self.folder.read_json("results.json") or {}).get("counts", {})
+        values |= {f"trials/{state.lower()}": count for state, count in counts.items()}
         step = max(self._last_step.values(), default=0)
         time_ms = to_ms(status.ended or status.heartbeat)
         metrics = [

@@ -1,4 +1,5 @@
-"""What the loop measures on validation shards: the loss (under fixed masks), a classifier's top-1, and kNN.
+"""What the loop measures on validation shards: the loss (under fixed masks), a classifier's top-1, and kNN; at the end
+of pretraining the loss at other mask ratios too, where losses of models that were trained at several can be compared.
 
 Every rank takes a slice of the images; sums and features are gathered, so the numbers do not depend
 on the number of workers. Masks are drawn from (seed 0, sample), the same for every run and every step.
@@ -16,7 +17,7 @@ from crate_ray.config import RunConfig
 from crate_ray.data import Batch, ShardIndex, Source, load_index, load_source, read_all, with_classes
 from crate_ray.evaluation.features import Features, extract_features
 from crate_ray.evaluation.probes import knn_top1
-from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.models import Classifier, MaskedAutoencoder, with_shared_weights
 from crate_ray.training.objective import Objective, create_objective, noise_size
 from crate_ray.training.precision import autocast
 
@@ -44,18 +45,33 @@ class Evaluator:
         self._eval_index = load_index(self._eval_url)
         self._eval_ids = spread_ids(self._eval_index.num_samples, config.eval.max_images)
 
-    @torch.inference_mode()
     def metrics(self, model: Model) -> dict[str, float]:
         """Means over the validation images of what the task measures: `eval/loss`, for a classifier `eval/top1` too."""
+        return {f"eval/{name}": value for name, value in self._means(model, self._config).items()}
+
+    def losses_by_mask_ratio(self, model: Model) -> dict[str, float]:
+        """The loss at each of `eval.mask_ratios`, as `eval/loss_m50` for .5; the model is as it was trained.
+
+        The order in which patches are hidden is that of `metrics`: a larger ratio hides all that a smaller one does, and more.
+        """
+        losses = {}
+        for ratio in self._config.eval.mask_ratios or ():
+            other = with_shared_weights(model, mask_ratio=ratio)
+            config = self._config.model_copy(update={"model": other.config})
+            losses[f"eval/loss_m{100 * ratio:g}"] = self._means(other, config)["loss"]
+        return losses
+
+    @torch.inference_mode()
+    def _means(self, model: Model, config: RunConfig) -> dict[str, float]:
         device = next(model.parameters()).device
-        objective = create_objective(model, self._config)
+        objective = create_objective(model, config)
         totals = torch.zeros(1 + len(objective.measures), dtype=torch.float64)
         ids = self._mine(self._eval_ids)
-        for rows_BM in measure_images(objective, self._config, self._eval_url, precision=self._precision, sample_ids=ids):
+        for rows_BM in measure_images(objective, config, self._eval_url, precision=self._precision, sample_ids=ids):
             totals += torch.cat([torch.tensor([len(rows_BM)]), rows_BM.sum(dim=0)])
         if self._world_size > 1:
             totals = _all_reduce(totals, device)
-        return {f"eval/{name}": float(total / totals[0]) for name, total in zip(objective.measures, totals[1:], strict=True)}
+        return {name: float(total / totals[0]) for name, total in zip(objective.measures, totals[1:], strict=True)}
 
     def knn(self, model: Model) -> float | None:
         """Accuracy of kNN for validation images among labelled training images of the same classes; None without any."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from crate_ray.config import ConfigError, DataConfig, ModelConfig
 from crate_ray.data import load_index, read_all
 from crate_ray.evaluation.pictures import encode_png, reconstruct, reconstruction_grid, to_pixels
-from crate_ray.models import MaskedAutoencoder, create_model, load_weights
+from crate_ray.models import MaskedAutoencoder, create_model, load_weights, with_shared_weights
 from crate_ray.models.patches import draw_masking, normalise_patches, patchify, take_tokens
 from crate_ray.training.evaluate import spread_ids
 from crate_ray.training.objective import Normalise
@@ -178,16 +178,7 @@ def _models(weights: str | Mapping[str, Any], config: ModelConfig) -> list[Maske
         raise ConfigError("--identify compares reconstructions, and these weights have no decoder; take the file that has one")
     base.eval().to(choose_device("auto", 0))
     grid = itertools.product(LAMBDAS, STEP_SIZES)
-    return [_with_shared_weights(base, ista_lambda=lam, ista_step_size=eta) for lam, eta in grid]
-
-
-def _with_shared_weights(base: MaskedAutoencoder, **overrides: Any) -> MaskedAutoencoder:
-    """The same tensors under another configuration."""
-    with torch.device("meta"):
-        model = create_model(base.config, **overrides)
-    assert isinstance(model, MaskedAutoencoder)
-    model.load_state_dict(base.state_dict(), assign=True)
-    return model.eval()
+    return [with_shared_weights(base, ista_lambda=lam, ista_step_size=eta) for lam, eta in grid]
 
 
 def _add(
@@ -232,6 +223,6 @@ def _picture(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> bytes:
-    made = reconstruct(_with_shared_weights(model, norm_pix_loss=fit.norm_pix_loss), images_BCHW, noise_BN)
+    made = reconstruct(with_shared_weights(model, norm_pix_loss=fit.norm_pix_loss), images_BCHW, noise_BN)
     columns = [to_pixels(images, mean=mean, std=std) for images in (images_BCHW, made.visible, made.pasted)]
     return encode_png(reconstruction_grid(columns[0], columns[1], columns[2:]))

@@ -300,6 +300,8 @@ class Trainer:
         if self._is_due(self.config.eval.every_steps):
             self._eval_values = self.evaluator.metrics(self.model)
             values.update(self._eval_values)
+        if self.step == self.total:
+            self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
         if self._is_due(self.config.eval.probe_every_steps):
             top1 = self.evaluator.knn(self.model)
             if top1 is not None:

@@ -3,7 +3,7 @@
 Everything that can refuse a run refuses it here, before a cluster is touched.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, digest, fingerprint, resume_parts, whole_weights
@@ -110,6 +110,7 @@ def prepare_run(
     kind: str = "train",
     study: str = "",
     parent_uid: str | None = None,
+    stage: Literal["screen", "confirm"] | None = None,
     uri: str | None = None,
 ) -> tuple[RunConfig, RunFolder]:
     """Checks data and storage, and opens the run folder.
@@ -120,6 +121,7 @@ def prepare_run(
         kind: See `runs.open_run`, as the arguments below.
         study: The study that the run belongs to.
         parent_uid: The run above it.
+        stage: Of a trial.
         uri: The folder, where it is not storage.path/name.
 
     Returns:
@@ -135,5 +137,5 @@ def prepare_run(
     precision = resolve_precision(config.train.precision, device_type)
     identity = fingerprint(config, data_digest(config), precision)
     check_first_weights(config, find_run(config, identity["resume"]["parts"], uri=uri))
-    folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, uri=uri)
+    folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, stage=stage, uri=uri)
     return config, folder

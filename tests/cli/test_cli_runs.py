@@ -41,3 +41,20 @@ def test_a_missing_root_is_an_error(invoke, tmp_path):
     result = invoke("runs", tmp_path / "nowhere")
     assert result.code == 2
     assert "nowhere' does not exist" in result.err
+
+
+def test_trials_stand_below_the_name_of_their_sweep(invoke, make_run, tmp_path):
+    make_run("plain", train__loss=0.5)
+    sweep = tmp_path / "out" / "depth"
+    (sweep / "trials").mkdir(parents=True)
+    (sweep / "sweep.yaml").write_text("name: depth\n")
+    for name, state in (("crate-01", "FINISHED"), ("vit-01", "FAILED")):
+        make_run(name, state)
+        (tmp_path / "out" / name).rename(sweep / "trials" / name)
+    lines = invoke("runs", tmp_path / "out").out.splitlines()
+    assert lines[1].split()[0] == "plain"
+    title = lines.index("sweep depth, new; trials: 1 finished, 1 failed")
+    assert [line.split()[:2] for line in lines[title + 2 : title + 4]] == [["crate-01", "FINISHED"], ["vit-01", "FAILED"]]
+    rows = json.loads(invoke("runs", tmp_path / "out", "--json").out)
+    assert {row["name"]: row["sweep"] for row in rows} == {"plain": None, "crate-01": str(sweep), "vit-01": str(sweep)}
+    assert invoke("runs", sweep).out.splitlines()[1] == lines[title]

@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, fingerprint
-from crate_ray.runs import LEASE_SECONDS, Lease, RunFolder, Status, is_finished, list_runs, open_run, read_status, write_status
+from crate_ray.runs import (
+    LEASE_SECONDS,
+    Lease,
+    RunFolder,
+    Status,
+    is_finished,
+    list_runs,
+    open_run,
+    read_status,
+    sweep_of,
+    write_status,
+)
 
 DATA = "d" * 64
 
@@ -60,6 +72,26 @@ def test_runs_and_trials_are_listed_and_other_folders_are_not(tmp_path: Path) ->
     trial = opened(load(tmp_path), uri=str(tmp_path / "trials" / "0123"))
     (tmp_path / "notes").mkdir()
     assert [f.uri for f in list_runs(str(tmp_path))] == [runs[1].uri, runs[0].uri, trial.uri]
+
+
+def test_the_trials_of_sweeps_below_a_root_are_listed_and_know_their_sweep(tmp_path: Path) -> None:
+    run = opened(load(tmp_path, "name=run"))
+    sweep = RunFolder(str(tmp_path / "depth"))
+    sweep.write_json("run_meta.json", {"kind": "sweep"})
+    trials = [opened(load(tmp_path), uri=sweep.path("trials", name)) for name in ("crate-01", "crate-02")]
+    assert [f.uri for f in list_runs(str(tmp_path))] == [run.uri]  # a folder like any other, until it says that it is a sweep
+    assert sweep_of(trials[0]) is None
+    storage.write_atomic(sweep.path("sweep.yaml"), "name: depth\n")
+    assert [f.uri for f in list_runs(str(tmp_path))] == [*(f.uri for f in trials), run.uri]
+    assert [f.uri for f in list_runs(sweep.uri)] == [f.uri for f in trials]
+    assert [above.uri for f in trials if (above := sweep_of(f)) is not None] == [sweep.uri] * 2
+    assert sweep_of(run) is None
+
+
+def test_a_trial_says_which_stage_it_is_of_and_another_run_says_nothing(tmp_path: Path) -> None:
+    trial = opened(load(tmp_path), kind="trial", stage="confirm", uri=str(tmp_path / "trial"))
+    assert (trial.read_json("run_meta.json") or {})["stage"] == "confirm"
+    assert "stage" not in (opened(load(tmp_path)).read_json("run_meta.json") or {})
 
 
 def test_a_run_is_finished_only_when_its_status_says_so(tmp_path: Path) -> None:

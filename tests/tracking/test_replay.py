@@ -8,6 +8,7 @@ import pytest
 
 from crate_ray import storage
 from crate_ray.runs import Lease, RecordWriter, RunFolder
+from crate_ray.runs.create import run_meta
 from crate_ray.tracking import sync
 from crate_ray.tracking.replay import MARKER
 
@@ -175,3 +176,34 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_sent(
     stray, sent = sync([make_run(), RunFolder(str(tmp_path / "stray"))], uri, experiment)
     assert "not a run folder" in (stray.error or "")
     assert sent.error is None
+
+
+def test_a_sweep_is_a_parent_with_its_name_its_state_and_the_counts_of_its_trials(
+    uri: str, client: Any, experiment: str, make_run: Any, tmp_path: Path
+) -> None:
+    sweep = RunFolder(str(tmp_path / "depth_width"))
+    sweep.write_json("run_meta.json", run_meta(family="crate vit", kind="sweep", study="depth_width", parent_uid=None))
+    storage.write_atomic(sweep.path("sweep.yaml"), "name: depth_width\n")
+    uid = (sweep.read_json("run_meta.json") or {})["run_uid"]
+    lease = Lease.take(sweep)
+    trials = [make_run(kind="trial", study="depth_width", parent_uid=uid, stage=stage) for stage in ("screen", "confirm")]
+    for trial in trials:
+        Lease.take(trial).end("FINISHED")
+    assert [result.error for result in sync([*trials, sweep], uri, experiment)] == [None] * 3
+    assert find_only(client, experiment, "sweep").info.status == "RUNNING"
+    sweep.write_json("results.json", {"rows": [], "counts": {"FINISHED": 2, "INFEASIBLE": 1}})
+    lease.end("FINISHED")
+    sync([sweep], uri, experiment)
+    parent = find_only(client, experiment, "sweep")
+    assert (parent.info.run_name, parent.info.status) == ("depth_width", "FINISHED")
+    assert parent.data.metrics == {"trials/finished": 2, "trials/infeasible": 1}
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} >= {"sweep.yaml", "results.json"}
+    for stage in ("screen", "confirm"):
+        tags = find_only(client, experiment, "trial", stage).data.tags
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def find_only(client: Any, experiment: str, kind: str, stage: str | None = None) -> Any:
+    text = f"tags.kind = '{kind}'" + (f" and tags.stage = '{stage}'" if stage else "")
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], filter_string=text)
+    return run

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from finished_runs import train
 
-from crate_ray.config import RunConfig
+from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import read_all
 from crate_ray.models import MaskedAutoencoder, create_model
+from crate_ray.runs import read_records
 from crate_ray.training.evaluate import Evaluator
 
 LoadTiny = Callable[..., RunConfig]
@@ -69,3 +71,44 @@ def test_the_model_is_given_back_ready_to_train(load_tiny: LoadTiny) -> None:
     judge.knn(model)
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_final_loss_at_other_mask_ratios_is_that_of_the_model_with_that_ratio(load_tiny: LoadTiny) -> None:
+    for recipe in ("digits_crate_mae", "digits_mae"):
+        config = load_tiny("eval.mask_ratios=[0.25, 0.5, 0.75]", recipe=recipe)
+        model = build(config)
+        own = evaluator(config).metrics(model)
+        found = evaluator(config).losses_by_mask_ratio(model)
+        for name, ratio in (("eval/loss_m25", 0.25), ("eval/loss_m50", 0.5), ("eval/loss_m75", 0.75)):
+            other = create_model(config.model, mask_ratio=ratio)
+            other.load_state_dict(model.state_dict())
+            expected = evaluator(load_tiny(f"model.mask_ratio={ratio}", recipe=recipe)).metrics(other)
+            assert found[name] == pytest.approx(expected["eval/loss"], rel=1e-6)
+        assert len(set(found.values())) == len(found) == 3
+        assert evaluator(config).metrics(model) == own
+        assert own["eval/loss"] in [pytest.approx(loss, rel=1e-6) for loss in found.values()]  # its own ratio is among them
+
+
+def test_a_finished_run_has_these_losses_among_its_final_numbers_and_no_other_does(load_tiny: LoadTiny) -> None:
+    finals = {}
+    for override in ("eval.mask_ratios=[0.5]", "eval.mask_ratios=null"):
+        config = load_tiny("train.steps=2", override, f"train.seed={len(finals)}")
+        folder = train(config)
+        finals[override] = (folder.read_json("final.json") or {})["values"]
+        assert not any(key.startswith("eval/loss_m") for record in read_records(folder) for key in record.values)
+    assert "final/eval_loss_m50" in finals["eval.mask_ratios=[0.5]"]
+    assert not any("loss_m" in key for key in finals["eval.mask_ratios=null"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.mask_ratios=[0.5, 0.99]"], "eval.mask_ratios holds 0.99, which hides none or all of 16 patches"),
+        (["eval.mask_ratios=[0.5]", "task=classify", "model.num_classes=5"], "task = classify hides none"),
+    ],
+)
+def test_a_ratio_that_cannot_be_evaluated_is_refused_before_the_run(
+    load_tiny: LoadTiny, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_tiny(*overrides)
