@@ -73,6 +73,7 @@ class SweepScreen:
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._ended: deque[TrialRow] = deque(maxlen=KEPT)
+        self._ends: dict[str, str] = {}  # of every trial that ended, its state
         self._states: dict[str, Counter[str]] = {"screen": Counter(), "confirm": Counter()}
         self._totals: dict[str, int | None] = {"screen": None, "confirm": None}
         self._stage = "screen"
@@ -100,16 +101,16 @@ class SweepScreen:
         self._stack.close()
 
     def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
-        """What earlier sessions ended, and how many trials the screening has; None where nobody knows."""
+        """What earlier sessions ended, and how many trials the screening has; None or 0 where nobody knows."""
         with self._lock:
-            self._totals["screen"], self._refused = total, refused
+            self._totals["screen"], self._refused = total or None, refused
             for row in rows:
                 self._count(row)
 
     def stage(self, name: str, total: int) -> None:
         """A stage begins, of so many trials."""
         with self._lock:
-            self._stage, self._totals[name] = name, total
+            self._stage, self._totals[name] = name, total or None
 
     def notes(self, *parts: str) -> None:
         """What is left of the budget and what the forecast says, each in a few words."""
@@ -133,6 +134,11 @@ class SweepScreen:
             errors.print(f"{counts}  {self._line_text(self._line(row))}", soft_wrap=True, markup=False)
 
     def _count(self, row: TrialRow) -> None:
+        """Takes an end in; the newest of a trial that ended before, in this session or an earlier one."""
+        if row.id in self._ends:
+            self._states[row.stage][self._ends[row.id]] -= 1
+            self._ended = deque((other for other in self._ended if other.id != row.id), maxlen=KEPT)
+        self._ends[row.id] = row.state
         self._ended.append(row)
         self._states[row.stage][row.state] += 1
         held = self._best.get(row.arm)
@@ -184,7 +190,7 @@ class SweepScreen:
         return f"{over}/{total}" if total is not None else f"{over}"
 
     def _counts(self) -> list[str]:
-        states, total = self._states[self._stage], self._totals[self._stage]
+        states, total = +self._states[self._stage], self._totals[self._stage]
         running = sum(trial.row.stage == self._stage for trial in self._running.values())
         parts = [f"{states['FINISHED']} of {total} done" if total is not None else f"{states['FINISHED']} done"]
         parts.append(f"{running} running")

@@ -1,0 +1,115 @@
+"""One sweep as a command sees it: the screen, the mirror, and what the driver tells both.
+
+In: a SweepConfig. Out: the outcome of `run_sweep`, shown while it runs and mirrored to MLflow: the sweep as a parent run, each
+trial below it from its start. A trial that ended is released, so that the mirror of a long sweep holds the running ones alone.
+"""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from crate_ray.cli.output import errors
+from crate_ray.cli.study import Tracking, say_stopping
+from crate_ray.cli.sweep_screen import SweepScreen
+from crate_ray.config import SweepConfig
+from crate_ray.runs import RunFolder, TrialRow, list_trials
+from crate_ray.space import arm_config, arms
+
+if TYPE_CHECKING:
+    from crate_ray.launch.sweep import SweepOutcome
+
+
+class SweepStudy:
+    """A sweep and who watches it; a context manager. Its methods for events are those of `launch.sweep.SweepEvents`.
+
+    Args:
+        sweep: As loaded.
+    """
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep = sweep
+        self._tracking = Tracking(arm_config(sweep, next(iter(arms(sweep)))))
+        self._screen = SweepScreen(sweep)
+        self._uid: str | None = None
+        self._folder: RunFolder | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._tracking.__exit__(kind, error, trace)
+
+    def run(self) -> "SweepOutcome":
+        """Runs the sweep to its end or to a stop."""
+        from crate_ray.launch.sweep import run_sweep
+
+        with self._screen:
+            outcome = run_sweep(self._sweep, events=self, on_start=self._started, on_stop=say_stopping)
+        if outcome.was_finished:
+            self._follow(outcome.folder, outcome.rows)
+        return outcome
+
+    def report(self, folder: RunFolder) -> str:
+        """Writes the report into the sweep's folder, and lets the mirror take it and forget the sweep.
+
+        Returns:
+            URI of report.md.
+        """
+        from crate_ray.analysis.sweep_report import write_report
+
+        written = write_report(folder.uri)
+        self._tracking.release(folder)
+        return written
+
+    def links(self) -> dict[str, Any]:
+        """Addresses in the tracking UI, and the command that serves it."""
+        found = self._tracking.links()
+        assert self._folder is not None
+        return {
+            "experiment": found["experiment"],
+            "sweep": found["runs"].get(self._folder.name),
+            "serve": f"crate-ray tracking ui {self._folder.uri}",
+        }
+
+    def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
+        """See SweepEvents."""
+        self._screen.known(rows, total=total, refused=refused)
+
+    def stage(self, name: str, total: int) -> None:
+        """See SweepEvents."""
+        self._screen.stage(name, total)
+
+    def notes(self, *parts: str) -> None:
+        """See SweepEvents."""
+        self._screen.notes(*parts)
+
+    def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
+        """See SweepEvents."""
+        self._tracking.follow(folder, parent_uid=self._uid)
+        self._screen.trial_started(row, folder)
+
+    def trial_ended(self, row: TrialRow) -> None:
+        """See SweepEvents."""
+        assert self._folder is not None
+        self._tracking.release(self._trial(self._folder, row))
+        self._screen.trial_ended(row)
+
+    def _started(self, folder: RunFolder) -> None:
+        rows = [row for row in list_trials(folder.uri) if row.is_over]
+        if rows:
+            screened = sum(row.stage == "screen" for row in rows)
+            confirmed = f" and {len(rows) - screened} runs of the confirmation" if len(rows) > screened else ""
+            errors.print(f"resuming: {screened} trials{confirmed} are done", soft_wrap=True)
+        self._follow(folder, rows)
+
+    def _follow(self, folder: RunFolder, rows: list[TrialRow]) -> None:
+        """Mirrors the sweep, then what is over of it: MLflow may have missed that."""
+        self._folder, meta = folder, folder.read_json("run_meta.json")
+        self._uid = str(meta["run_uid"]) if meta else None
+        self._tracking.follow(folder)
+        for row in rows:
+            trial = self._trial(folder, row)
+            self._tracking.follow(trial, parent_uid=self._uid)
+            self._tracking.release(trial)
+
+    def _trial(self, folder: RunFolder, row: TrialRow) -> RunFolder:
+        return RunFolder(folder.path("trials", row.id))
