@@ -15,12 +15,12 @@ from typing import Any
 from crate_ray.config import ConfigError, RunConfig, SweepConfig, apply_override
 from crate_ray.data import load_source
 from crate_ray.launch.generations import Generation, Pointer, clone, newest_generation, point_to
+from crate_ray.launch.rungs import Leg, branch_off, is_cooled, legs_of
 from crate_ray.launch.trial_attempt import IDLE_S, Attempt, Ended, Placed, Report
 from crate_ray.runs import LEASE_SECONDS, Lease, LeaseLostError, RunFolder, is_finished, read_records
 from crate_ray.runs.trials import TrialRow, TrialState, loss_target, objective_values, read_trial, write_trial
 from crate_ray.training.prepare import prepare_run
 from crate_ray.training.probe import probe_run
-from crate_ray.training.schedule import total_steps
 
 _WAIT_S = LEASE_SECONDS + 2 * IDLE_S
 _POLL_S = 0.2
@@ -81,25 +81,32 @@ class TrialSession:
         self._began = time.monotonic()
         self._after_step = pointer.step if pointer else -1
         self._attempt: Attempt | None = None
-        self._is_over = False
+        self._is_open = False
+        self._before: Leg | None = None
         earlier = read_trial(self._trial)
         self._seconds_before = earlier.seconds if earlier else 0.0
         self._row = earlier or self._new_row()
+        self._failure: str | None = None
         try:
-            self._generation = self._find_generation(pointer)
-            self._config = spec.config(self._generation.set)
-            self._total_steps = total_steps(self._config, load_source(self._config.data.source).num_samples)
+            self._legs = self._find_legs(pointer)
         except ConfigError as error:
-            self._failure: str | None = str(error)
+            self._failure = str(error)
             return
-        self._failure = None
         self._replays = deque(self._recorded_reports())
+
+    def _find_legs(self, pointer: Pointer | None) -> deque[Leg]:
+        spec = self._spec
+        generation = self._find_generation(pointer)
+        config = spec.config(generation.set)
+        num_samples = load_source(config.data.source).num_samples
+        legs = legs_of(config, generation.folder, spec.sweep.scheduler, num_samples=num_samples)
         self._row = replace(
             self._row,
-            values={**self._row.values, **self._generation.set},
-            loss_target=loss_target(self._config),
-            total_steps=self._total_steps,
+            values={**self._row.values, **generation.set},
+            loss_target=loss_target(config),
+            total_steps=legs[-1].total_steps,
         )
+        return deque(legs)
 
     def _new_row(self) -> TrialRow:
         point = {key: self._spec.point[key] for key in ("arm", "values", "seed", "stage")}
@@ -112,16 +119,26 @@ class TrialSession:
 
     def _recorded_reports(self) -> list[Report]:
         """The reports in the folder that Tune has not seen; of a population only the last, for it is judged as it goes."""
-        records = [
-            record for record in read_records(self._generation.folder) if any(k.startswith("eval/") for k in record.values)
-        ]
-        reports = [Report(r.step, r.values) for r in records if self._after_step < r.step < self._total_steps]
-        return reports[-1:] if self._spec.sweep.scheduler.type == "pbt" else reports
+        reports = []
+        while len(self._legs) > 1 and is_finished(self._legs[0].folder):
+            reports.append(self._end_of_leg())
+        leg, scheduler = self._legs[0], self._spec.sweep.scheduler
+        if not is_cooled(leg.config, scheduler):
+            evaluated = [r for r in read_records(leg.folder) if any(key.startswith("eval/") for key in r.values)]
+            reports += [Report(r.step, r.values) for r in evaluated if r.step < leg.total_steps]
+        unseen = [report for report in reports if report.step > self._after_step]
+        return unseen[-1:] if scheduler.type == "pbt" else unseen
+
+    def _end_of_leg(self) -> Report:
+        """What a finished branch measured at its end; the next one is on."""
+        leg = self._before = self._legs.popleft()
+        self._attempt = None
+        return Report(leg.total_steps, _last_values(leg.folder))
 
     @property
     def pointer(self) -> Pointer:
         """The state that another trial, or this one later, can go on from."""
-        return point_to(self._trial, self._generation.folder, step=max(0, self._row.step))
+        return point_to(self._trial, self._legs[0].folder, step=self._row.step)
 
     def next_result(self) -> dict[str, Any]:
         """The next report, or the end, as a flat mapping.
@@ -135,7 +152,7 @@ class TrialSession:
             return self._report(self._replays.popleft())
         if self._row.state in ("STOPPED", "INFEASIBLE"):
             return self._end(self._row.state, self._row.reason)
-        if is_finished(self._generation.folder):
+        if is_finished(self._legs[0].folder):
             return self._finish()
         return self._train_on()
 
@@ -150,7 +167,7 @@ class TrialSession:
                 self._attempt, self._replays = None, deque(self._recorded_reports())
                 return self.next_result()
             elif event.state == "FINISHED":
-                return self._finish()
+                return self._report(self._end_of_leg()) if len(self._legs) > 1 else self._finish()
             else:
                 return self._end(event.state, event.reason, event.error)
 
@@ -163,45 +180,54 @@ class TrialSession:
         return self._attempt.next_event()
 
     def _start(self) -> Attempt:
-        spec, folder = self._spec, self._generation.folder
-        device_type = "cuda" if self._config.scale.use_gpu else "cpu"
+        spec, leg = self._spec, self._legs[0]
+        device_type = "cuda" if leg.config.scale.use_gpu else "cpu"
         config, folder = prepare_run(
-            self._config, device_type=device_type, kind="trial", study=spec.study, parent_uid=spec.parent_uid, uri=folder.uri
+            leg.config,
+            device_type=device_type,
+            kind="trial",
+            study=spec.study,
+            parent_uid=spec.parent_uid,
+            stage=spec.point["stage"],
+            uri=leg.folder.uri,
         )
         lease = _wait_for_lease(folder)
+        if self._before is not None:
+            branch_off(self._before, leg)
+        self._is_open = True
         self._write(state="RUNNING", reason=None)
-        return Attempt(config, folder, lease, after_step=self._after_step, total_steps=self._total_steps)
+        reports_from = leg.total_steps if is_cooled(leg.config, spec.sweep.scheduler) else self._after_step
+        return Attempt(config, folder, lease, after_step=reports_from, total_steps=leg.total_steps)
 
     def _report(self, report: Report) -> dict[str, Any]:
         measured = objective_values(report.values)
         self._after_step = report.step
-        if self._attempt is not None:
+        if self._is_open:
             self._write(step=report.step, objectives={**self._row.objectives, **measured})
         return self._result(report.step, measured, state="RUNNING", done=False)
 
     def _finish(self) -> dict[str, Any]:
         """The final numbers, with the probe where the sweep is judged by it."""
-        folder = self._generation.folder
+        leg = self._legs[0]
         if "probe_top1" in self._spec.sweep.objective:
             try:
-                probe_run(folder)
+                probe_run(leg.folder)
             except ConfigError as error:
                 return self._end("FAILED", str(error))
-        last = next((record.values for record in reversed(read_records(folder)) if "eval/loss" in record.values), {})
-        final = (folder.read_json("final.json") or {"values": {}})["values"]
-        objectives = {**objective_values(final), **objective_values(last)}
-        self._write(state="FINISHED", reason=None, step=self._total_steps, objectives=objectives)
-        self._is_over = True
-        return self._result(self._total_steps, objectives, state="FINISHED", done=True)
+        final = (leg.folder.read_json("final.json") or {"values": {}})["values"]
+        objectives = {**objective_values(final), **objective_values(_last_values(leg.folder))}
+        self._is_open = False
+        self._write(state="FINISHED", reason=None, step=leg.total_steps, objectives=objectives)
+        return self._result(leg.total_steps, objectives, state="FINISHED", done=True)
 
     def _end(self, state: TrialState, reason: str | None, error: BaseException | None = None) -> dict[str, Any]:
-        self._is_over = True
+        self._is_open = False
         if not isinstance(error, LeaseLostError):  # then it is another's trial by now
             self._write(state=state, reason=reason)
         if error is not None:
             raise error
         end = {"reason": reason or ""} | ({"infeasible": reason} if state == "INFEASIBLE" else {})
-        return self._result(max(self._row.step, 0), {}, state=state, done=True) | end
+        return self._result(self._row.step, {}, state=state, done=True) | end
 
     def _result(self, step: int, measured: Mapping[str, float], *, state: TrialState, done: bool) -> dict[str, Any]:
         return {"step": step, **self._row.quantities, **measured, "state": state, "done": done}
@@ -221,13 +247,19 @@ class TrialSession:
             Whether the training has ended; a thread that hangs cannot be ended.
         """
         ended = self._attempt is None or self._attempt.stop()
-        if not self._is_over and self._attempt is not None:
+        if self._is_open:
             written = read_trial(self._trial)
             is_stopped = written is not None and written.state == "STOPPED"  # by the driver, which alone knows it
             self._write(
                 state="STOPPED" if is_stopped else "KILLED", reason=written.reason if is_stopped and written else reason
             )
         return ended
+
+
+def _last_values(folder: RunFolder) -> Mapping[str, float]:
+    """What a finished run measured at its last evaluation."""
+    evaluated = (record.values for record in reversed(read_records(folder)) if "eval/loss" in record.values)
+    return {key: value for key, value in next(evaluated, {}).items() if not key.startswith("final/")}  # those are rounded
 
 
 def _wait_for_lease(folder: RunFolder) -> Lease:

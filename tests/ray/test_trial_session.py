@@ -245,3 +245,41 @@ def test_a_probed_trial_reports_its_probe_at_the_end(make_trial: MakeTrial) -> N
     row = read_trial(RunFolder(trial["folder"]))
     assert row is not None
     assert row.objectives["probe_top1"] == pytest.approx(last["probe_top1"], rel=1e-3)
+
+
+def test_under_asha_with_a_cooldown_each_rung_is_the_end_of_a_cooled_run(make_trial: MakeTrial, tmp_path: Path) -> None:
+    asha = {"scheduler": {"type": "asha", "grace_steps": 4, "reduction_factor": 2}}
+    keys = ("train.steps=16", "schedule.cooldown_fraction=0.25", "schedule.warmup_steps=2")
+    trial = make_trial(*keys, sweep=asha)
+    session = session_of(trial)
+    before = results_of(session, 1)
+    session.close(reason="given up by the test")
+    again = session_of(trial)
+    results = results_of(again)
+    again.close(reason="over")
+    assert [(r["step"], r["done"]) for r in results] == [(4, False), (8, False), (16, True)]
+    assert reported(results)[:1] == reported(before)
+    for steps, result in zip((4, 8, 16), results, strict=True):  # each is the run of that length, made by itself
+        plain = RunFolder(str(tmp_path / f"plain-{steps}"))
+        overrides = {**trial["run"], "train": {**trial["run"]["train"], "steps": steps}}
+        run_training(RunConfig.parse(overrides), plain, LocalContext())
+        folder = RunFolder(trial["folder"] if steps == 16 else f"{trial['folder']}/rung_{steps:08d}")
+        assert_same_weights(weights(folder), weights(plain))
+        losses = [r.values["eval/loss"] for r in read_records(plain) if "eval/loss" in r.values]
+        assert result["eval_loss"] == losses[-1]
+    trained = [len([r for r in read_records(RunFolder(trial["folder"] + tail)) if "train/loss" in r.values]) for tail in RUNGS]
+    assert trained == [4, 8 - 3, 16 - 6]
+
+
+RUNGS = ("/rung_00000004", "/rung_00000008", "")
+
+
+def test_a_trial_that_was_stopped_at_a_cooled_rung_repeats_its_rungs_and_ends(make_trial: MakeTrial) -> None:
+    asha = {"scheduler": {"type": "asha", "grace_steps": 4, "reduction_factor": 2}}
+    trial = make_trial("train.steps=16", "schedule.cooldown_fraction=0.25", "schedule.warmup_steps=2", sweep=asha)
+    first = session_of(trial)
+    results_of(first, 2)
+    mark_stopped(trial["folder"])
+    first.close(reason="not known")
+    results = results_of(session_of(trial))
+    assert [(r["step"], r["state"]) for r in results] == [(4, "RUNNING"), (8, "RUNNING"), (8, "STOPPED")]
