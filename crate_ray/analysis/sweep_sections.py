@@ -14,7 +14,7 @@ from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_te
 from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.config import Domain, SweepConfig
-from crate_ray.runs import TRIAL_STATES, TrialRow
+from crate_ray.runs import TRIAL_STATES
 
 _SHOWN_TRIALS = 10  # of an arm
 _SHOWN_POINTS = 30
