@@ -2,7 +2,7 @@
 
 In: a RunConfig. Out: seconds. The steps are those of the loop itself, with its reader, its model and its checkpoint at the end,
 in a scratch folder; evaluation is done beside it, so that its cost is known after a few steps. It takes a few seconds, and for
-a model whose step is slow what a handful of steps and two evaluations take.
+a model whose step is slow what ten steps and an evaluation take.
 """
 
 import statistics
@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from crate_ray.training.whitebox import WhiteboxMonitor
 WARMUP_STEPS = 3
 LEAST_STEPS = 3
 MOST_STEPS = 60
+"""Warm-up included."""
+QUICK_S = 1.0
+"""An evaluation that took less the first time is measured again, warm."""
 _HARMLESS_LR = 1e-8  # a rate that would diverge must not end the measurement
 
 
@@ -57,7 +61,7 @@ class Timing:
 def seconds_per_step(config: RunConfig, *, limit_s: float = 5.0) -> float:
     """Median seconds of a training step on this device; see `time_run`."""
     with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
-        return statistics.median(_time_steps(config, RunFolder(scratch), limit_s)[0])
+        return statistics.median(_step_seconds(_train(config, RunFolder(scratch), limit_s=limit_s, most=MOST_STEPS)))
 
 
 def time_run(config: RunConfig, *, limit_s: float = 5.0, probe: bool = False) -> Timing:
@@ -74,24 +78,43 @@ def time_run(config: RunConfig, *, limit_s: float = 5.0, probe: bool = False) ->
     """
     with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
         folder = RunFolder(scratch)
-        step_s, frame_s = _time_steps(config, folder, limit_s)
+        cold = _train(config, folder, limit_s=limit_s, most=MOST_STEPS)
+        step_s = _step_seconds(cold)
         checkpoint = latest_checkpoint(folder)
         assert checkpoint is not None
         evaluation_s, whitebox_s = (0.0, 0.0) if config.data.eval is None else _time_evaluation(config)
         probe_s = _seconds_of_probe(config, checkpoint) if probe else None
-    return Timing(step_s, evaluation_s, whitebox_s, probe_s, frame_s)
+    return Timing(step_s, evaluation_s, whitebox_s, probe_s, _frame_seconds(config, cold, statistics.median(step_s)))
 
 
-def _time_steps(config: RunConfig, folder: RunFolder, limit_s: float) -> tuple[tuple[float, ...], float]:
-    """Seconds of steps after warm-up, and of everything around them."""
-    config, context = _stripped(config), _Stopwatch(limit_s)
+@dataclass(frozen=True)
+class _Lap:
+    """When a loop was called, when each of its steps ended, and when it returned."""
+
+    started: float
+    marks: tuple[float, ...]
+    ended: float
+
+
+def _train(config: RunConfig, folder: RunFolder, *, limit_s: float, most: int) -> _Lap:
+    context = _Stopwatch(limit_s, most)
     started = time.perf_counter()
-    run_training(config, folder, context)
-    ended = time.perf_counter()
-    gaps = [after - before for before, after in zip(context.marks, context.marks[1:], strict=False)]
-    step_s = tuple(gaps[WARMUP_STEPS - 1 :])
-    frame_s = (context.marks[0] - started) + (ended - context.marks[-1]) - statistics.median(step_s)
-    return step_s, max(0.0, frame_s)
+    run_training(_stripped(config), folder, context)
+    return _Lap(started, tuple(context.marks), time.perf_counter())
+
+
+def _step_seconds(lap: _Lap) -> tuple[float, ...]:
+    """Of every step after the warm-up."""
+    return tuple(after - before for before, after in pairwise(lap.marks))[WARMUP_STEPS - 1 :]
+
+
+def _frame_seconds(config: RunConfig, cold: _Lap, step_s: float) -> float:
+    """Around the steps, in a process that has trained before, as the actors of a sweep have; compiling is not done twice."""
+    lap = cold
+    if not config.train.compile:
+        with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
+            lap = _train(config, RunFolder(scratch), limit_s=0, most=1)
+    return max(0.0, lap.marks[0] - lap.started + lap.ended - lap.marks[-1] - step_s)
 
 
 def _stripped(config: RunConfig) -> RunConfig:
@@ -99,7 +122,7 @@ def _stripped(config: RunConfig) -> RunConfig:
     share = -(-config.train.global_batch // config.scale.num_workers)
     changes: dict[str, dict[str, Any]] = {
         "data": {"eval": None, "preprocess": None},
-        "train": {"steps": WARMUP_STEPS + MOST_STEPS + 1, "epochs": None, "global_batch": share, "init_from": None},
+        "train": {"steps": MOST_STEPS + 2, "epochs": None, "global_batch": share, "init_from": None},
         "optimizer": {"lr": _HARMLESS_LR, "base_lr": None},
         "checkpoint": {"every_steps": None, "every_minutes": None},
         "scale": {"num_workers": 1},
@@ -112,17 +135,16 @@ def _stripped(config: RunConfig) -> RunConfig:
 class _Stopwatch(LocalContext):
     """Marks the end of every step, and stops the loop when it has enough of them."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, most: int) -> None:
         super().__init__()
         self.marks: list[float] = []
-        self._limit_s = limit_s
+        self._limit_s, self._most = limit_s, most
 
     def heartbeat(self, step: int) -> None:
         """See WorkerContext."""
         self.marks.append(time.perf_counter())
-        counted = len(self.marks) - WARMUP_STEPS
         is_late = self.marks[-1] - self.marks[0] > self._limit_s
-        if counted >= MOST_STEPS or (counted >= LEAST_STEPS and is_late):
+        if len(self.marks) >= self._most or (is_late and len(self.marks) >= WARMUP_STEPS + LEAST_STEPS):
             self.stop()
 
 
@@ -142,8 +164,8 @@ def _time_evaluation(config: RunConfig) -> tuple[float, float]:
     if config.eval.whitebox_every_steps is not None:
         monitor = WhiteboxMonitor(config, device=device)
         whitebox_s = _seconds(lambda: monitor.measure(model), device)
-    evaluate()  # reads the index and warms the device up
-    return _seconds(evaluate, device), whitebox_s
+    first_s = _seconds(evaluate, device)  # reads the index and warms the device up
+    return (_seconds(evaluate, device) if first_s < QUICK_S else first_s), whitebox_s
 
 
 def _seconds_of_probe(config: RunConfig, checkpoint: Checkpoint) -> float:
