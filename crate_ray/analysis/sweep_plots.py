@@ -19,7 +19,7 @@ from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_te
 from crate_ray.analysis.pareto import front
 from crate_ray.analysis.plots import FAMILY_COLOURS
 from crate_ray.analysis.ranking import free_keys
-from crate_ray.config import SweepConfig
+from crate_ray.config import Domain, SweepConfig
 from crate_ray.runs import TrialRow
 
 if TYPE_CHECKING:
@@ -83,11 +83,13 @@ def plot_keys(rows: Sequence[TrialRow], sweep: SweepConfig, styles: Mapping[str,
     _limit_y(panels[0], [_y(row, measure) for row in rows if row.state == "FINISHED"], measure)
     names = key_names(keys)
     for panel, key in zip(panels, keys, strict=True):
-        _draw_key(panel, [row for row in rows if key in row.values], key, measure, styles)
+        domain = next(domains[key] for arm in styles if key in (domains := sweep.domains_of(arm)))
+        _draw_key(panel, [row for row in rows if key in row.values], key, domain, measure, styles)
         panel.set_xlabel(names[key])
-    for panel in panels[::_PANELS_A_ROW]:
-        panel.set_ylabel(measure.axis)
-    note = "dots: screening trials, one seed; hollow: stopped, at their last step; line: best finished trial at each value"
+    for panel in panels:
+        if (place := panel.get_subplotspec()) is not None and place.is_first_col():
+            panel.set_ylabel(measure.axis)
+    note = "dots: screening trials, one seed; hollow: stopped, at their last step; line: best finished at each value"
     note += _BEYOND if not panels[0].get_autoscaley_on() else ""
     figure.suptitle(f"{title}: {measure.label} against each key", fontsize=12, fontweight="bold")
     _arm_legend(figure, styles, note)
@@ -107,12 +109,17 @@ def plot_front(
     The front is of the confirmed means where there are any, else of the screening trials, as the legend says.
 
     Returns:
-        Bytes of a PNG; None where no trial finished with a value.
+        Bytes of a PNG; None where trials with a value do not differ in size or cost.
     """
     measure = MEASURES[sweep.objective[0]]
     finished = [row for row in _measured(rows, measure) if row.state == "FINISHED" and row.stage == "screen"]
-    costs = [MEASURES[name] for name in ("encoder_params_m", "gflops") if name != measure.name]
-    if not finished and not configurations:
+    candidates: list[TrialRow | Confirmed] = [*finished, *configurations]
+    costs = [
+        MEASURES[name]
+        for name in ("encoder_params_m", "gflops")
+        if name != measure.name and len({item.value_of(name) for item in candidates} - {None}) > 1
+    ]
+    if not costs:
         return None
     figure, panels = _panels(len(costs), sharey=True)
     ends = [measure.scale * end for item in configurations if item.interval for end in (item.interval.low, item.interval.high)]
@@ -205,12 +212,14 @@ def _y(row: TrialRow | Confirmed, measure: Measure) -> float:
     return math.nan if value is None else measure.scale * value
 
 
-def _draw_key(axes: "Axes", rows: Sequence[TrialRow], key: str, measure: Measure, styles: Mapping[str, ArmStyle]) -> None:
+def _draw_key(
+    axes: "Axes", rows: Sequence[TrialRow], key: str, domain: Domain, measure: Measure, styles: Mapping[str, ArmStyle]
+) -> None:
     values = [row.values[key] for row in rows]
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     distinct = sorted(set(values)) if is_number else list({repr(value): value for value in values}.values())
     place = {repr(value): float(value) if is_number else float(index) for index, value in enumerate(distinct)}
-    is_log = is_number and _is_geometric(distinct)
+    is_log = domain.loguniform is not None or (domain.uniform is None and is_number and _is_geometric(distinct))
     for index, (arm, style) in enumerate(styles.items()):
         shift = _ARM_OFFSET * (index - (len(styles) - 1) / 2)
         at = {name: _shifted(x, list(place.values()), shift, is_log=is_log) for name, x in place.items()}
@@ -218,9 +227,10 @@ def _draw_key(axes: "Axes", rows: Sequence[TrialRow], key: str, measure: Measure
         _draw_trials(axes, of_arm, measure, style)
         _mark_beyond(axes, [(x, _y(row, measure)) for x, row in of_arm], style.colour)
         if len(distinct) <= _MAX_TICKS:
-            _draw_best(axes, [(x, row) for x, row in of_arm if row.state == "FINISHED"], measure, style)
+            finished = [(x, row) for x, row in of_arm if row.state == "FINISHED"]
+            _draw_best(axes, finished, measure, style, is_ordered=is_number)
     if is_log:
-        axes.set_xscale("log")
+        _set_log(axes)
     if len(distinct) <= _MAX_TICKS:
         axes.set_xticks(list(place.values()), [value_text(value) for value in distinct])
         axes.minorticks_off()
@@ -249,13 +259,17 @@ def _draw_trials(axes: "Axes", at: Sequence[tuple[float, TrialRow]], measure: Me
             axes.scatter(xs, ys, s=20, marker=style.marker, facecolor=face, edgecolor=style.colour, alpha=0.55, linewidth=0.9)
 
 
-def _draw_best(axes: "Axes", at: Sequence[tuple[float, TrialRow]], measure: Measure, style: ArmStyle) -> None:
+def _draw_best(
+    axes: "Axes", at: Sequence[tuple[float, TrialRow]], measure: Measure, style: ArmStyle, *, is_ordered: bool
+) -> None:
+    """A line through the best value at each place; a dash at each where they have no order."""
     best = max if measure.is_larger_better else min
     by_x: dict[float, list[float]] = {}
     for x, row in at:
         by_x.setdefault(x, []).append(_y(row, measure))
     xs = sorted(by_x)
-    axes.plot(xs, [best(by_x[x]) for x in xs], color=style.colour, linewidth=1.6)
+    form = "-" if is_ordered else "_"
+    axes.plot(xs, [best(by_x[x]) for x in xs], form, color=style.colour, linewidth=1.6, markersize=18, markeredgewidth=1.6)
 
 
 def _at_cost(rows: Sequence[TrialRow], cost: Measure, measure: Measure) -> list[tuple[float, float]]:
@@ -301,7 +315,7 @@ def _draw_lines(axes: "Axes", lines: Sequence[Line], measure: Measure, style: Ar
         elif line is best:
             axes.plot(steps, scaled, color=style.colour, linewidth=2.4, zorder=4)
         else:
-            axes.plot(steps, scaled, color=style.colour, linewidth=0.8, alpha=0.6, zorder=3)
+            axes.plot(steps, scaled, color=style.colour, linewidth=0.7, alpha=0.4, zorder=3)
     _plain(axes)
 
 
@@ -334,9 +348,19 @@ def _mark_beyond(axes: "Axes", points: Sequence[tuple[float, float]], colour: st
 
 def _scale_x(axes: "Axes", values: Sequence[float]) -> None:
     if values and min(values) > 0 and max(values) / min(values) >= _LOG_FROM_RATIO:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _set_log(axes)
+    else:
+        axes.locator_params(axis="x", nbins=5)
     _plain(axes)
+
+
+def _set_log(axes: "Axes") -> None:
+    """A logarithmic axis with numbers as people write them; minor ticks stay without any."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(axes: "Axes", *, grid: Literal["x", "y"] = "y") -> None:
@@ -353,12 +377,13 @@ def _arm_legend(figure: "Figure", styles: Mapping[str, ArmStyle], note: str) -> 
         for arm, style in styles.items()
     ]
     options: dict[str, Any] = {"frameon": False, "fontsize": 9, "title": note, "title_fontsize": 8.5}
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, **options)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=6, **options)
+    legend.get_title().set_multialignment("center")
 
 
 def _panels(count: int, *, sharey: bool = False) -> tuple["Figure", list["Axes"]]:
     """Panels in rows; the places that the last row leaves stay empty."""
-    num_columns = min(count, _PANELS_A_ROW)
+    num_columns = 2 if count == 4 else min(count, _PANELS_A_ROW)
     num_rows = -(-count // num_columns)
     figure = _figure(max(7.0, _PANEL_INCHES[0] * num_columns), _PANEL_INCHES[1] * num_rows + 0.9)
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=sharey)
