@@ -20,7 +20,7 @@ TrialStage = Literal["screen", "confirm"]
 TRIAL_STATES: tuple[TrialState, ...] = get_args(TrialState)
 _READERS = 16
 _TRAINED = ("eval_", "train_", "params_m", "encoder_params_m", "gflops", "images_per_s")
-_NAMES = {"eval/": "eval_", "eval/knn_": "knn_", "perf/": "", "final/": ""}
+_NAMES = {"eval/": "eval_", "eval/knn_": "knn_", "perf/images_per_s": "images_per_s", "final/": ""}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ def test_an_objective_is_what_was_measured_or_else_what_was_known_before() -> No
     ],
 )
 def test_records_and_final_values_get_the_names_of_objectives(key: str, name: str) -> None:
-    assert objective_values({key: 1.0, "train/loss": 2.0}) == {name: 1.0}
+    assert objective_values({key: 1.0, "train/loss": 2.0, "perf/step_s": 3.0}) == {name: 1.0}
 
 
 @pytest.mark.parametrize(
