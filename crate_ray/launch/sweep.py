@@ -147,6 +147,7 @@ def run_sweep(
     Lease.check_free(folder)
     num_samples = _num_samples(sweep)
     check_sweep(sweep, num_samples)
+    find_price(sweep.budget, sweep.resources_per_trial)  # refuses one that is not known before anything starts
     connect()
     check_trial_fits(sweep.resources_per_trial, capacity())
     storage.check_writable(storage.join(folder.uri, ".."))
