@@ -20,14 +20,15 @@ from crate_ray.space.constraints import parse_constraint
 from crate_ray.space.costs import quantities
 from crate_ray.space.domains import list_values, uniform_number
 from crate_ray.space.matching import Match
-from crate_ray.space.plan import Gate, trials_per_arm
+from crate_ray.space.plan import Gate, draw, trials_per_arm
 from crate_ray.space.point import Point, canonical
 
 if TYPE_CHECKING:
     import optuna
 
-_TRIES = 100
-"""Suggestions for one point that may be refused or known already, before the arm counts as used up."""
+_SUGGESTED_TRIES, _TRIES = 20, 100
+"""Suggestions for one point that may be refused or known already: after the first number draws stand in for the search, which
+may be sure of a point that it has; after the second the arm counts as used up."""
 _LARGEST_POPULATION = 50
 _SMALLEST_POPULATION = 4
 _GENERATIONS = 5
@@ -107,20 +108,15 @@ class _ArmStudy:
 
     def ask(self, refused: Counter[str]) -> Point | None:
         """The next feasible point that was not tried yet."""
-        from optuna.trial import TrialState
-
-        for _ in range(0 if self.is_exhausted else _TRIES):
-            trial = self._suggest()
+        for attempt in range(0 if self.is_exhausted else _TRIES):
+            trial = self._suggest(at_random=attempt >= _SUGGESTED_TRIES)
             point, reason = self._point(trial.params)
-            if reason is not None:
-                refused[reason] += 1
-                self._study.tell(trial, state=TrialState.FAIL)
-            elif point.key in self._ended or point.key in self._running:
-                self._tell_trial(trial.number, self._ended.get(point.key))
-            else:
+            if reason is None and point.key not in self._ended and point.key not in self._running:
                 self._running[point.key] = trial.number
                 self.num_asked += 1
                 return point
+            refused.update([reason] if reason else [])
+            self._tell_trial(trial.number, None)
         self._is_dry = True
         return None
 
@@ -155,10 +151,12 @@ class _ArmStudy:
             self._tell_trial(trial.number, self._numbers(*ended[point.key]) if point.key in ended else None)
         return point.key
 
-    def _suggest(self) -> "optuna.Trial":
-        seed = int(
-            uniform_number(self._sweep.search.seed, self._space.arm, len(self._study.get_trials(deepcopy=False))) * 2**32
-        )
+    def _suggest(self, *, at_random: bool) -> "optuna.Trial":
+        number = len(self._study.get_trials(deepcopy=False))
+        seed = int(uniform_number(self._sweep.search.seed, self._space.arm, number) * 2**32)
+        if at_random:
+            drawn = draw(self._sweep, self._space, number)
+            self._study.enqueue_trial({key: _encoded(self._space.domains[key], value) for key, value in drawn.items()})
         self._study.sampler = _sampler(self._sweep.search.method, seed, self._limit)
         return self._study.ask(self._distributions)
 

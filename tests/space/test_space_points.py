@@ -208,7 +208,7 @@ def test_a_space_in_which_nothing_is_feasible_is_refused_with_the_counts(sweep_o
     lr=st.floats(1e-6, 1),
     epochs=st.none() | st.floats(0.1, 100),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_run_built_from_checked_sections_is_the_run_that_the_schema_builds(
     sweep_of: Make, width: int, heads: int, ratio: float, lr: float, epochs: float | None
 ) -> None:
@@ -231,9 +231,11 @@ def test_a_run_built_from_checked_sections_is_the_run_that_the_schema_builds(
 
 def test_an_arms_run_takes_cadence_scale_and_seed_from_the_sweep(sweep_of: Make) -> None:
     sweep = sweep_of(
-        objective=["knn_top1"], resources_per_trial={"num_workers": 2, "cpus": 3, "gpus": 1}, screen={"seed": 7}, set={"data.eval": "e"},
+        objective=["knn_top1"],
+        resources_per_trial={"num_workers": 2, "cpus": 3, "gpus": 1},
+        screen={"seed": 7},
         tune={"optimizer.lr": {"grid": [1]}},
-    )  # fmt: skip
+    )
     config = arm_config(sweep, "crate")
     assert (config.eval.every_steps, config.eval.probe_every_steps) == (20, 20)
     assert (config.scale.num_workers, config.scale.cpus_per_worker, config.scale.use_gpu) == (2, 3, True)
