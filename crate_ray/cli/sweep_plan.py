@@ -37,11 +37,9 @@ def plan(sweep: SweepConfig, *, measure: bool, as_json: bool) -> None:
     Raises:
         ConfigError: The sweep could not run.
     """
-    from crate_ray.data import load_source
     from crate_ray.launch.sweep_folder import locate_sweep
 
-    folder = locate_sweep(sweep)
-    samples = load_source(arm_config(sweep, next(iter(arms(sweep)))).data.source).num_samples
+    folder, samples = locate_sweep(sweep), num_samples(sweep)
     check_sweep(sweep, samples)
     found = make_plan(sweep, samples)
     planned = planned_sweep(sweep, found, samples)
@@ -56,6 +54,13 @@ def plan(sweep: SweepConfig, *, measure: bool, as_json: bool) -> None:
         print_json(facts)
     else:
         _print(sweep, facts)
+
+
+def num_samples(sweep: SweepConfig) -> int:
+    """Images of the training data, which the arms of a sweep share."""
+    from crate_ray.data import load_source
+
+    return load_source(arm_config(sweep, next(iter(arms(sweep)))).data.source).num_samples
 
 
 def _room(sweep: SweepConfig) -> dict[str, Any]:

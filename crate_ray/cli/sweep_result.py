@@ -16,7 +16,8 @@ from crate_ray.analysis.objectives import MEASURES, key_names, value_text
 from crate_ray.analysis.ranking import ArmRanking, Ranking
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.cli.output import console, print_table
-from crate_ray.cli.sweep_screen import objective_text
+from crate_ray.cli.progress import duration
+from crate_ray.cli.sweep_screen import NAMES, objective_text
 from crate_ray.cli.sweep_table import shape_of, state_word, varying_keys
 from crate_ray.config import SweepConfig
 from crate_ray.runs import RunFolder, TrialRow, encode_number
@@ -112,7 +113,8 @@ def print_findings(findings: SweepFindings) -> None:
     _print_confirmed(findings)
     keys = varying_keys(findings.sweep)
     for found in findings.fronts:
-        _print_front(found, keys)
+        if found.objectives == findings.fronts[0].objectives:  # the sweep's own; the report has the others
+            _print_front(found, keys)
     _print_importance(findings)
 
 
@@ -132,7 +134,7 @@ def _print_ranking(arm: ArmRanking, findings: SweepFindings) -> None:
     of = "".join(f", {key.rpartition('.')[2]} {value_text(value)}" for key, value in arm.target.items())
     title = f"{arm.arm}{of}: best {len(rows)} of {len(arm.trials)} by {MEASURES[findings.ranking.objective].label}"
     if rows:
-        print_table(("#", "trial", "shape", *(MEASURES[name].axis for name in names), ""), rows, title=escape(title))
+        print_table(("#", "trial", "shape", *(NAMES[name] for name in names), ""), rows, title=escape(title))
     else:
         why = ", ".join(f"{count} {reason}" for reason, count in arm.unranked.items())
         console.print(f"[red]{escape(arm.arm)}: no trial finished[/red] ({escape(why)})", soft_wrap=True)
@@ -188,7 +190,7 @@ def _print_front(found: Front, keys: Sequence[str]) -> None:
     if rows:
         of = "".join(f", {key} {value_text(value)}" for key, value in found.target.items())
         title = f"Pareto front{of}: {len(rows)} of {found.num_candidates}"
-        print_table(("trial", "shape", *(MEASURES[name].label for name in found.objectives)), rows, title=escape(title))
+        print_table(("trial", "shape", *(NAMES[name] for name in found.objectives)), rows, title=escape(title))
         console.print()
 
 
@@ -231,5 +233,17 @@ def _count_text(rows: Sequence[TrialRow], refused: Mapping[str, int]) -> str:
 
 
 def _cost_lines(summary: dict[str, Any]) -> list[str]:
-    spent = summary["spent"]
-    return ["used " + ", ".join(f"{value:.3g} {name.replace('_', ' ')}" for name, value in spent.items())] if spent else []
+    """What was used, and how far the forecast was from it."""
+    spent, forecast = summary["spent"], summary["forecast"]
+    units = [name for name in ("trial_hours", "gpu_hours", "usd") if spent.get(name)]
+    used = [
+        f"{duration(3600 * spent.get('hours', 0.0))} of wall time",
+        *(f"{spent[u]:.3g} {u.replace('_', ' ')}" for u in units),
+    ]
+    lines = ["used " + ", ".join(used)]
+    if forecast is not None:
+        wall, off = forecast["total"]["wall_hours"], forecast["error"]["relative"]
+        low, expected, high = (duration(3600 * wall[key]) for key in ("low", "expected", "high"))
+        how = "" if off is None else f"; trials took {off:+.0%} of what was forecast for their steps"
+        lines.append(f"forecast {expected} [{low}, {high}] of wall time{how}")
+    return lines

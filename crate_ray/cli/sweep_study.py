@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from crate_ray.cli.output import errors
 from crate_ray.cli.study import Tracking, say_stopping
+from crate_ray.cli.sweep_forecast import LiveForecast, live_forecast
+from crate_ray.cli.sweep_plan import num_samples
 from crate_ray.cli.sweep_screen import SweepScreen
 from crate_ray.config import SweepConfig
 from crate_ray.runs import RunFolder, TrialRow, list_trials
-from crate_ray.space import arm_config, arms
+from crate_ray.space import Plan, arm_config, arms, make_plan
 
 if TYPE_CHECKING:
     from crate_ray.launch.sweep import SweepOutcome
@@ -31,6 +33,9 @@ class SweepStudy:
         self._screen = SweepScreen(sweep)
         self._uid: str | None = None
         self._folder: RunFolder | None = None
+        self._plan: Plan | None = None
+        self._forecast: LiveForecast | None = None
+        self._total: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -56,6 +61,10 @@ class SweepStudy:
         """
         from crate_ray.analysis.sweep_report import write_report
 
+        if self._plan is not None:
+            found: dict[str, Any] = {"planned": self._total, "refused": dict(self._plan.refused)}
+            found |= {"forecast": self._forecast.as_dict()} if self._forecast is not None else {}
+            folder.write_json("results.json", {**(folder.read_json("results.json") or {}), **found})
         written = write_report(folder.uri)
         self._tracking.release(folder)
         return written
@@ -67,11 +76,12 @@ class SweepStudy:
         return {
             "experiment": found["experiment"],
             "sweep": found["runs"].get(self._folder.name),
-            "serve": f"crate-ray tracking ui {self._folder.uri}",
+            "serve": f"crate-ray tracking ui {self._folder.uri.removesuffix('/' + self._folder.name)}",
         }
 
     def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
         """See SweepEvents."""
+        self._total = total
         self._screen.known(rows, total=total, refused=refused)
 
     def stage(self, name: str, total: int) -> None:
@@ -80,17 +90,22 @@ class SweepStudy:
 
     def notes(self, *parts: str) -> None:
         """See SweepEvents."""
-        self._screen.notes(*parts)
+        used = [f"used {part}" for part in parts]
+        self._screen.notes(*([self._forecast.text()] if self._forecast is not None else []), *used)
 
     def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
         """See SweepEvents."""
         self._tracking.follow(folder, parent_uid=self._uid)
+        if self._forecast is not None:
+            self._forecast.started(row)
         self._screen.trial_started(row, folder)
 
     def trial_ended(self, row: TrialRow) -> None:
         """See SweepEvents."""
         assert self._folder is not None
         self._tracking.release(self._trial(self._folder, row))
+        if self._forecast is not None:
+            self._forecast.ended(row)
         self._screen.trial_ended(row)
 
     def _started(self, folder: RunFolder) -> None:
@@ -100,6 +115,13 @@ class SweepStudy:
             confirmed = f" and {len(rows) - screened} runs of the confirmation" if len(rows) > screened else ""
             errors.print(f"resuming: {screened} trials{confirmed} are done", soft_wrap=True)
         self._follow(folder, rows)
+        self._screen.known(rows, total=None)
+        samples = num_samples(self._sweep)
+        self._plan = make_plan(self._sweep, samples)
+        self._forecast = live_forecast(self._sweep, folder, self._plan, samples)
+        if self._forecast is not None:
+            for row in rows:
+                self._forecast.ended(row)
 
     def _follow(self, folder: RunFolder, rows: list[TrialRow]) -> None:
         """Mirrors the sweep, then what is over of it: MLflow may have missed that."""
