@@ -237,12 +237,13 @@ class Fit:
         from crate_ray.launch.controller import ABORT_S, end_controller
 
         try:
-            controller = ray.get(self._line.controller.remote(), timeout=ABORT_S)
-            if controller is not None and self.is_running():
-                end_controller(controller)
+            if self.is_running():
+                controller = ray.get(self._line.controller.remote(), timeout=EXIT_GRACE_S)
+                if controller is not None:
+                    end_controller(controller)
+                    self.wait(ABORT_S)
         finally:
             ray.kill(self._line)
-        self.wait(ABORT_S)
 
     @property
     def diverged(self) -> bool:

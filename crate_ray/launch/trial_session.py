@@ -8,7 +8,7 @@ reports. Errors that another attempt would repeat are results too; only those th
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from json import dumps
 from typing import Any
 
@@ -53,9 +53,9 @@ class TrialSpec:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "TrialSpec":
-        """From Tune's configuration; ConfigError where it is not valid."""
-        parsed = {"run": RunConfig.parse(config["run"]), "sweep": SweepConfig.parse(config["sweep"])}
-        return cls(**{**config, **parsed})
+        """From Tune's configuration, which may hold more; ConfigError where it is not valid."""
+        known = {item.name: config[item.name] for item in fields(cls) if item.name in config}
+        return cls(**known | {"run": RunConfig.parse(config["run"]), "sweep": SweepConfig.parse(config["sweep"])})
 
     def config(self, changes: Mapping[str, Any]) -> RunConfig:
         """The run of a generation, with the checkpoints that its scheduler needs."""

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trials import MakeTrial, trial_of
@@ -11,11 +12,12 @@ from trials import MakeTrial, trial_of
 from crate_ray.config import RunConfig
 from crate_ray.launch.generations import Pointer
 from crate_ray.launch.trial import mark_stopped
+from crate_ray.launch.trial_attempt import infeasible_reason
 from crate_ray.launch.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import Lease, RunFolder, read_records, read_status
 from crate_ray.runs.trials import read_trial
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
-from crate_ray.training.loop import LocalContext, run_training
+from crate_ray.training.loop import LocalContext, TrainingDivergedError, run_training
 
 
 @pytest.fixture
@@ -283,3 +285,16 @@ def test_a_trial_that_was_stopped_at_a_cooled_rung_repeats_its_rungs_and_ends(ma
     first.close(reason="not known")
     results = results_of(session_of(trial))
     assert [(r["step"], r["state"]) for r in results] == [(4, "RUNNING"), (8, "RUNNING"), (8, "STOPPED")]
+
+
+def test_an_allocation_that_fails_makes_a_trial_infeasible_and_other_errors_do_not() -> None:
+    with pytest.raises(RuntimeError) as torch_error:
+        torch.empty(2**52)
+    with pytest.raises(MemoryError) as numpy_error:
+        np.empty(2**52)
+    for error in (torch_error.value, numpy_error.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+        reason = infeasible_reason(error)
+        assert reason is not None
+        assert reason.startswith("out of memory: ")
+    assert infeasible_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert infeasible_reason(TrainingDivergedError("loss nan")) == "loss nan"
