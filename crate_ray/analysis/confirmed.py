@@ -85,7 +85,7 @@ class ArmDifference:
         if self.interval is None:
             return f"{names}: no interval, {self.why_not}."
         measure = MEASURES[self.first.objective]
-        low, high = (f"{measure.scale * end:.{measure.decimals}f}" for end in (self.interval.low, self.interval.high))
+        low, high = measure.text(self.interval.low), measure.text(self.interval.high)
         unit = f" {measure.difference_unit}" if measure.difference_unit else f" of {measure.label}"
         head = (
             f"{names}: {measure.difference_text(self.interval.mean)} [{low}, {high}]{unit} over {self.interval.n} paired seeds"

@@ -14,7 +14,7 @@ from crate_ray.config import LARGER_IS_BETTER
 
 @dataclass(frozen=True)
 class Measure:
-    """One objective as people read it: its number times `scale`, with `decimals`.
+    """One objective as people read it: its number times `scale`, with `decimals`; None for four significant digits.
 
     `unit` belongs to a value, `difference_unit` to a difference: two percentages differ by points.
     """
@@ -22,7 +22,7 @@ class Measure:
     name: str
     label: str
     scale: float
-    decimals: int
+    decimals: int | None
     unit: str = ""
     difference_unit: str = ""
 
@@ -38,11 +38,19 @@ class Measure:
 
     def text(self, value: float | None) -> str:
         """A value without its unit; "-" where there is none."""
-        return "-" if value is None or math.isnan(value) else f"{self.scale * value:.{self.decimals}f}"
+        return "-" if value is None or math.isnan(value) else f"{self.scale * value:{self._format}}"
+
+    def with_unit(self, value: float) -> str:
+        """A value with its unit."""
+        return self.text(value) + ("%" if self.unit == "%" else f" {self.unit}" if self.unit else "")
 
     def difference_text(self, value: float) -> str:
         """A difference with its sign, without its unit."""
-        return f"{self.scale * value:+.{self.decimals}f}"
+        return f"{self.scale * value:+{self._format}}"
+
+    @property
+    def _format(self) -> str:
+        return ".4g" if self.decimals is None else f".{self.decimals}f"
 
 
 MEASURES = {
@@ -51,9 +59,9 @@ MEASURES = {
         Measure("eval_loss", "validation loss", 1, 4),
         Measure("knn_top1", "kNN top-1 on validation", 100, 1, "%", "points"),
         Measure("probe_top1", "linear probe top-1 on validation", 100, 1, "%", "points"),
-        Measure("params_m", "trainable parameters", 1, 3, "millions", "millions"),
-        Measure("encoder_params_m", "trainable encoder parameters", 1, 3, "millions", "millions"),
-        Measure("gflops", "forward GFLOPs an image", 1, 4, "", "GFLOPs"),
+        Measure("params_m", "trainable parameters", 1, None, "millions", "millions"),
+        Measure("encoder_params_m", "trainable encoder parameters", 1, None, "millions", "millions"),
+        Measure("gflops", "forward GFLOPs an image", 1, None, "", "GFLOPs"),
         Measure("images_per_s", "training images/s", 1, 0, "", "images/s"),
     )
 }

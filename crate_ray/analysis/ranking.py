@@ -156,9 +156,10 @@ def spelling(values: Mapping[str, Any]) -> str:
 
 
 def own_values(values: Mapping[str, Any], sweep: SweepConfig, arm: str) -> dict[str, Any]:
-    """The values that tell a configuration apart: without keys that merely follow another one."""
+    """The values that tell a configuration apart: without keys that have one value, or merely follow another one."""
     domains = sweep.domains_of(arm)
-    return {key: value for key, value in values.items() if key not in domains or domains[key].of is None}
+    idle = {key for key, domain in domains.items() if domain.of is not None or len(domain.grid or domain.choice or "..") == 1}
+    return {key: value for key, value in values.items() if key not in idle}
 
 
 def free_keys(sweep: SweepConfig, arm: str) -> list[str]:

@@ -80,7 +80,8 @@ def plot_keys(rows: Sequence[TrialRow], sweep: SweepConfig, styles: Mapping[str,
     if not keys:
         return None
     figure, panels = _panels(len(keys), sharey=True)
-    _limit_y(panels[0], [_y(row, measure) for row in rows if row.state == "FINISHED"], measure)
+    finished = [_y(row, measure) for row in rows if row.state == "FINISHED"]
+    _limit_y(panels[0], finished, measure, others=[_y(row, measure) for row in rows if row.state == "STOPPED"])
     names = key_names(keys)
     for panel, key in zip(panels, keys, strict=True):
         domain = next(domains[key] for arm in styles if key in (domains := sweep.domains_of(arm)))
@@ -126,7 +127,8 @@ def plot_front(
     _limit_y(panels[0], [_y(row, measure) for row in finished], measure, shown=ends)
     for panel, cost in zip(panels, costs, strict=True):
         for arm, style in styles.items():
-            _draw_cloud(panel, [row for row in finished if row.arm == arm], cost, measure, style)
+            points = _at_cost([row for row in finished if row.arm == arm], cost, measure)
+            _draw_cloud(panel, points, style, is_faint=bool(configurations))
             _draw_means(panel, [item for item in configurations if item.arm == arm], cost, measure, style)
         _draw_front(panel, configurations or finished, cost, measure)
         _scale_x(panel, [x for row in finished if (x := row.value_of(cost.name)) is not None])
@@ -135,7 +137,7 @@ def plot_front(
     figure.suptitle(f"{title}: {measure.label} against size and cost", fontsize=12, fontweight="bold")
     large = "large: mean over the confirm seeds, 95% interval; " if configurations else ""
     of_what = "confirmed means" if configurations else "screening trials, not confirmed"
-    note = f"small: screening trials, one seed; {large}stairs: Pareto front of {of_what}"
+    note = f"small: screening trials, one seed; {large}rings: Pareto front of {of_what}"
     note += _BEYOND if not panels[0].get_autoscaley_on() else ""
     _arm_legend(figure, styles, note)
     return _png(figure)
@@ -154,8 +156,8 @@ def plot_learning(lines: Sequence[Line], objective: str, styles: Mapping[str, Ar
         Bytes of a PNG; None where no trial was evaluated twice.
     """
     measure = MEASURES[objective]
-    lines = [line for line in lines if len(line.points) > 1]
-    arms = [arm for arm in styles if any(line.row.arm == arm for line in lines)]
+    lines = [line for line in lines if line.points]
+    arms = [arm for arm in styles if any(line.row.arm == arm and len(line.points) > 1 for line in lines)]
     if not arms:
         return None
     figure, panels = _panels(len(arms), sharey=True)
@@ -276,11 +278,11 @@ def _at_cost(rows: Sequence[TrialRow], cost: Measure, measure: Measure) -> list[
     return [(x, _y(row, measure)) for row in rows if (x := row.value_of(cost.name)) is not None]
 
 
-def _draw_cloud(axes: "Axes", rows: Sequence[TrialRow], cost: Measure, measure: Measure, style: ArmStyle) -> None:
-    points = _at_cost(rows, cost, measure)
+def _draw_cloud(axes: "Axes", points: Sequence[tuple[float, float]], style: ArmStyle, *, is_faint: bool) -> None:
     if points:
         xs, ys = zip(*points, strict=True)
-        axes.scatter(xs, ys, s=16, marker=style.marker, color=style.colour, alpha=0.3, linewidth=0)
+        size, alpha = (16, 0.3) if is_faint else (30, 0.7)
+        axes.scatter(xs, ys, s=size, marker=style.marker, color=style.colour, alpha=alpha, linewidth=0)
         _mark_beyond(axes, points, style.colour)
 
 
@@ -297,9 +299,10 @@ def _draw_means(axes: "Axes", items: Sequence[Confirmed], cost: Measure, measure
 def _draw_front(axes: "Axes", candidates: Sequence[TrialRow] | Sequence[Confirmed], cost: Measure, measure: Measure) -> None:
     on_front: list[TrialRow | Confirmed] = front(candidates, [cost.name, measure.name])
     points = sorted((item.value_of(cost.name) or 0.0, _y(item, measure)) for item in on_front)
-    if len(points) > 1:
+    if points:
         xs, ys = zip(*points, strict=True)
         axes.step(xs, ys, where="post", color="#333333", linewidth=1.1, linestyle="--", zorder=1)
+        axes.plot(xs, ys, "o", markersize=14, markerfacecolor="none", markeredgecolor="#333333", markeredgewidth=1.1, zorder=5)
 
 
 def _draw_lines(axes: "Axes", lines: Sequence[Line], measure: Measure, style: ArmStyle) -> None:
@@ -319,15 +322,19 @@ def _draw_lines(axes: "Axes", lines: Sequence[Line], measure: Measure, style: Ar
     _plain(axes)
 
 
-def _limit_y(axes: "Axes", values: Sequence[float], measure: Measure, *, shown: Sequence[float] = ()) -> None:
+def _limit_y(
+    axes: "Axes", values: Sequence[float], measure: Measure, *, others: Sequence[float] = (), shown: Sequence[float] = ()
+) -> None:
     """Ends the axis where most of the values end, so that one that diverged does not press the others flat.
 
-    Before anything is drawn; what lies beyond is marked by `_mark_beyond`. `shown` are values that must lie inside.
+    Before anything is drawn; what lies beyond is marked by `_mark_beyond`. `others` may lie outside altogether, `shown` must
+    lie inside.
     """
     ordered = sorted((v for v in values if math.isfinite(v)), reverse=measure.is_larger_better)
     if len(ordered) < 4:
         return
-    best, limit, worst = ordered[0], ordered[math.ceil(_SHOWN_SHARE * len(ordered)) - 1], ordered[-1]
+    best, limit = ordered[0], ordered[math.ceil(_SHOWN_SHARE * len(ordered)) - 1]
+    worst = (min if measure.is_larger_better else max)([*ordered, *others])
     if abs(worst - best) > 3 * abs(limit - best) > 0:
         span = limit - best
         ends = (best - 0.12 * span, limit + 0.25 * span)

@@ -73,7 +73,6 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
         sections.counts(findings, planned=planned, refused=refused),
         "## Confirmed comparison",
         sections.comparison(findings),
-        shown("front"),
         "## Ranking of the screening",
         sections.rankings(findings),
         shown("keys"),
@@ -81,6 +80,7 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
         sections.tuning(findings),
         "## Pareto fronts",
         sections.fronts(findings),
+        shown("front"),
         "## Importance",
         "Share of the variance of the objective that each key explains alone (functional ANOVA), within what was tried.",
         sections.importance(findings.importances),
@@ -129,7 +129,7 @@ def _best_text(arm: ArmRanking, findings: SweepFindings) -> str:
     measure = MEASURES[findings.sweep.objective[0]]
     where = f" at {values_text(arm.target)}" if arm.target else ""
     values = values_text(own_values(arm.best.best.row.values, findings.sweep, arm.arm))
-    return f"{arm.arm}{where}: {values}, {measure.label} {measure.text(arm.best.best.value)} {measure.unit}".rstrip()
+    return f"{arm.arm}{where}: {values}, {measure.label} {measure.with_unit(arm.best.best.value)}"
 
 
 def _write_pictures(folder: RunFolder, findings: SweepFindings) -> list[str]:

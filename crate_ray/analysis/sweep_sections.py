@@ -296,6 +296,8 @@ def cost(findings: SweepFindings, forecast: Mapping[str, Any], spent: Mapping[st
     ]
     hours = sum(row.seconds for row in findings.rows) / 3600
     held = f"The trials held their resources for {_amount(hours)} hours together."
+    if hours < 1:
+        held = f"The trials held their resources for {_amount(60 * hours)} minutes together."
     header = ("", "forecast", "from low to high", "spent", "error of the forecast")
     return "\n\n".join([*([table(header, lines)] if lines else ["No forecast was recorded."]), held])
 

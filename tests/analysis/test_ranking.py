@@ -109,11 +109,16 @@ def test_one_learning_rate_makes_a_sweep_exploratory(make_sweep, make_trial):
     assert "one fixed learning rate" in rank([make_trial()], make_sweep(tune={})).exploratory
 
 
-def test_what_follows_a_tuned_key_is_no_part_of_the_point_and_what_follows_any_key_is_not_shown(make_sweep):
+def test_a_point_has_no_key_that_follows_a_tuned_one_and_only_what_tells_it_apart_is_shown(make_sweep):
     sweep = make_sweep(
-        space={"model.encoder_depth": {"grid": [2, 4]}, "model.decoder_depth": {"of": "model.encoder_depth"}},
+        space={
+            "model.width": {"grid": [64]},
+            "model.encoder_depth": {"grid": [2, 4]},
+            "model.decoder_depth": {"of": "model.encoder_depth"},
+        },
         tune={"optimizer.lr": {"grid": [1e-3, 1e-2]}, "optimizer.weight_decay": {"of": "optimizer.lr", "times": 10}},
     )
-    values = {"model.encoder_depth": 4, "model.decoder_depth": 4, "optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-2}
-    assert point_of(values, sweep) == {"model.encoder_depth": 4, "model.decoder_depth": 4}
+    point = {"model.width": 64, "model.encoder_depth": 4, "model.decoder_depth": 4}
+    values = point | {"optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-2}
+    assert point_of(values, sweep) == point
     assert own_values(values, sweep, "mae") == {"model.encoder_depth": 4, "optimizer.lr": 1e-3}

@@ -93,7 +93,7 @@ def test_the_report_says_what_was_found_and_what_must_not_be_concluded(make_swee
         "- Planned: 12 screening trials.",
         "- Refused before they cost anything: 3 points, params_m = 60, asked for <= 50.",
         "- Infeasible: 1 trials, loss nan at step 7.",
-        "| crate | encoder_depth 4, lr 0.01 | 0.400 | 0.0400 | 67.3 [65.7, 68.8] | 4 | 1000: failed (worker lost) |",
+        "| crate | encoder_depth 4, lr 0.01 | 0.4 | 0.04 | 67.3 [65.7, 68.8] | 4 | 1000: failed (worker lost) |",
         "| `optimizer.lr` | crate | 0.01 | upper edge |",
         "| `optimizer.lr` | mae | 0.001 | inside |",
         "- `optimizer.lr` over all 4 points: inside at 2, upper edge at 2.",
@@ -162,12 +162,7 @@ def test_losses_at_unequal_mask_ratio_have_a_ranking_and_pictures_each(written, 
     assert "### mae at mask_ratio 0.5\n" in text
     assert "### mae at mask_ratio 0.75\n" in text
     assert "Validation losses are compared only where mask_ratio agree" in text
-    assert {file.name for file in (path.parent / "pictures").iterdir()} >= {
-        "keys_1.png",
-        "keys_2.png",
-        "front_1.png",
-        "front_2.png",
-    }
+    assert {file.name for file in (path.parent / "pictures").iterdir()} == {"keys_1.png", "keys_2.png"}  # all are of one size
 
 
 def test_a_report_can_be_written_before_any_trial_has_ended(written, make_sweep, make_trial):
