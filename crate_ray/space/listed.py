@@ -4,7 +4,6 @@ In: a Plan. Out: its points, arms in turns. Nothing is learnt from results, so n
 same list, and what earlier sessions ended is left out of it.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 from crate_ray.space.plan import Plan
@@ -15,9 +14,7 @@ class ListedPlanner:
     """Hands out a list, or its first `most` points; see `Planner`."""
 
     def __init__(self, plan: Plan, *, most: int | None = None) -> None:
-        turns = itertools.zip_longest(*plan.points.values())
-        points = [point for turn in turns for point in turn if point is not None]
-        self._points = points[:most]
+        self._points = plan.in_turns(most)
         self.total: int | None = len(self._points)
         self.refused: Mapping[str, int] = plan.refused
         self.matches = plan.matches

@@ -37,6 +37,11 @@ class Plan:
     refused: Counter[str] = field(default_factory=Counter)
     matches: list[Match] = field(default_factory=list)
 
+    def in_turns(self, most: int | None = None) -> list[Point]:
+        """The points of all arms, or the first `most`, arms in turns."""
+        turns = itertools.zip_longest(*self.points.values())
+        return [point for turn in turns for point in turn if point is not None][:most]
+
 
 class Gate:
     """What lets points of one arm through."""
@@ -121,7 +126,7 @@ class _Planning:
         free = [name for name in self.names if match is None or name == match.to]
         targets: list[Target] = []
         for name in free:
-            targets = self._collect(name, self._resolved(name, self._chosen(name)))
+            targets += self._collect(name, self._resolved(name, self._chosen(name)))
         for name in self.names:
             if name not in free:
                 self._collect(name, self._matched(name, targets))
@@ -129,7 +134,7 @@ class _Planning:
         return self.plan
 
     def _collect(self, arm: str, candidates: Iterator[tuple[Mapping[str, Any], dict[str, Any] | str]]) -> list[Target]:
-        """Takes the feasible candidates of an arm, each once, up to its share of the budget."""
+        """Takes the feasible candidates of an arm, each once, up to its share of the budget; returns what they are to match."""
         points: list[Point] = []
         targets: list[Target] = []
         seen: set[str] = set()
@@ -146,33 +151,36 @@ class _Planning:
                 continue
             seen.add(identity)
             point = Point(arm, values, self.sweep.screen.seed)
-            target = self._admit(point, chosen, refused)
-            if target is not None:
+            config = self._admitted(point, refused)
+            if config is not None:
                 points.append(point)
-                targets.append(target)
+                targets += self._targets(point, chosen, config)
         self.plan.points[arm] = points
         self.plan.refused += refused
         if not points:
             raise ConfigError(f"no point of arm '{arm}' is feasible; refused: {describe_refusals(refused)}")
         return targets
 
-    def _admit(self, point: Point, chosen: Mapping[str, Any], refused: Counter[str]) -> Target | None:
+    def _admitted(self, point: Point, refused: Counter[str]) -> RunConfig | None:
+        """The point's run; None where it is refused, which is counted."""
         try:
             config = self.spaces[point.arm].config(point.values)
         except ConfigError as error:
             refused[_problem(error)] += 1
             return None
         refusal = self.gates[point.arm].refusal_of(config)
-        if refusal is not None:
-            refused[refusal[0]] += 1
-            return None
+        refused.update([refusal[0]] if refusal else [])
+        return None if refusal else config
+
+    def _targets(self, point: Point, chosen: Mapping[str, Any], config: RunConfig) -> list[Target]:
+        """What other arms are matched to in a point: nothing where it is of one of those arms."""
         match = self.sweep.match
         if match is None or match.to != point.arm:
-            return Target(point, 0.0, 0, chosen)
+            return []
         known = quantities(config, num_samples=self.num_samples)
         if match.quantity not in known:
             raise ConfigError(f"match.quantity = {match.quantity} needs the number of steps: set train.steps")
-        return Target(point, known[match.quantity], config.model.encoder_depth, chosen)
+        return [Target(point, known[match.quantity], config.model.encoder_depth, chosen)]
 
     def _chosen(self, arm: str) -> Iterator[dict[str, Any]]:
         """Values of an arm's independent keys: all of them, or draws."""

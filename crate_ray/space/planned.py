@@ -4,7 +4,6 @@ In: a SweepConfig and its plan. Out: PlannedTrials and the configurations of the
 nobody knows what it will choose, so every planned point is a candidate for the second stage.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +58,7 @@ def planned_sweep(sweep: SweepConfig, plan: Plan, num_samples: int | None = None
     Raises:
         ConfigError: A point makes no run, or its number of steps is not known.
     """
-    turns = [point for turn in itertools.zip_longest(*plan.points.values()) for point in turn if point is not None]
-    points = turns[: sweep.budget.trials]
+    points = plan.in_turns(sweep.budget.trials)
     configs = _configs(sweep, points, num_samples)
     screen = [planned_trial(point.arm, config, num_samples=num_samples) for point, config in zip(points, configs, strict=True)]
     confirm: list[PlannedTrial] = []

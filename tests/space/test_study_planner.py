@@ -117,6 +117,15 @@ def test_a_lost_database_is_filled_again_from_what_the_folders_hold(sweep_of: Ma
     assert len(run(planner)) == 2
 
 
+def test_a_suggestion_that_was_cut_off_while_it_was_written_is_marked_failed(sweep_of: Make, study: Path) -> None:
+    sweep = sweep_of(**KEYS, arms={"mae": {}})
+    make_planner(sweep, study_path=str(study))
+    kept = optuna.load_study(study_name="mae", storage=f"sqlite:///{study}")
+    kept.ask({"model.width": optuna.distributions.IntDistribution(32, 128, step=32)})
+    make_planner(sweep, study_path=str(study)).restore([])
+    assert states(study, "mae") == {"FAIL": 1}
+
+
 def test_infeasible_and_unmeasured_trials_are_told_as_failed(sweep_of: Make, study: Path) -> None:
     planner = make_planner(sweep_of(**KEYS, arms={"mae": {}}), study_path=str(study))
     for i in range(4):
