@@ -285,6 +285,7 @@ def cost(findings: SweepFindings, forecast: Mapping[str, Any], spent: Mapping[st
     Args:
         findings: Of the sweep.
         forecast: What the forecast says as JSON: `total` holds {low, expected, high} of hours and dollars, `stages` of steps.
+            and `error` how much longer trials took than forecast for the steps that they trained.
         spent: Trials, hours, trial_hours, gpu_hours, and usd where a price is known.
     """
     used = {**_devices_used(findings, spent), "steps": float(sum(row.step for row in findings.rows))}
@@ -298,7 +299,11 @@ def cost(findings: SweepFindings, forecast: Mapping[str, Any], spent: Mapping[st
     held = f"The trials held their resources for {_amount(hours)} hours together."
     if hours < 1:
         held = f"The trials held their resources for {_amount(60 * hours)} minutes together."
-    header = ("", "forecast", "from low to high", "spent", "error of the forecast")
+    off = (forecast.get("error") or {}).get("relative")
+    if off is not None:
+        more = "more" if off > 0 else "less"
+        held += f" For the steps that they trained, trials took {100 * abs(off):.0f}% {more} than forecast."
+    header = ("", "forecast", "from low to high", "spent", "spent against forecast")
     return "\n\n".join([*([table(header, lines)] if lines else ["No forecast was recorded."]), held])
 
 
@@ -320,7 +325,7 @@ def _expected_steps(forecast: Mapping[str, Any]) -> dict[str, float] | None:
 
 def _cost_cells(name: str, forecast: Mapping[str, float], spent: float) -> list[str]:
     low, expected, high = (forecast[end] for end in ("low", "expected", "high"))
-    error = f"{100 * (expected - spent) / spent:+.0f}%" if spent else "-"
+    error = f"{100 * (spent / expected - 1):+.0f}%" if expected else "-"
     where = "inside" if low <= spent <= high else "outside"
     return [name, _amount(expected), f"{_amount(low)} to {_amount(high)}", _amount(spent), f"{error}, {where} its range"]
 
