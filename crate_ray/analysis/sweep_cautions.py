@@ -34,12 +34,11 @@ def cautions(findings: SweepFindings, *, planned: int | None) -> list[str]:
 
 
 def _unfinished(findings: SweepFindings, planned: int | None) -> Iterator[str]:
-    open_trials = [row for row in findings.rows if row.state in ("RUNNING", "KILLED")]
     failed = Counter(row.arm for row in findings.rows if row.state == "FAILED" and row.stage == "screen")
     screened = sum(row.stage == "screen" for row in findings.rows)
-    if open_trials or (planned is not None and screened < planned):
+    if not findings.is_over(planned):
         of_planned = f", {screened} of {planned} planned screening trials have started" if planned is not None else ""
-        yield f"The sweep is not over: {len(open_trials)} trials have not ended{of_planned}. The same command again goes on."
+        yield f"The sweep is not over: {findings.num_open} trials have not ended{of_planned}. The same command again goes on."
     if failed:
         yield (
             "Failed trials are missing from the ranking ("

@@ -43,9 +43,19 @@ class SweepFindings:
     importances: Sequence[Importance]
 
     @property
+    def num_open(self) -> int:
+        """Trials that have not ended."""
+        return sum(row.state in ("RUNNING", "KILLED") for row in self.rows)
+
+    @property
     def has_confirmed(self) -> bool:
         """Whether there is a confirmed run with a value."""
         return any(item.by_seed for item in self.confirmed)
+
+    def is_over(self, planned: int | None) -> bool:
+        """Whether every trial has ended, and as many of the screening have started as were planned."""
+        screened = sum(row.stage == "screen" for row in self.rows)
+        return self.num_open == 0 and (planned is None or screened >= planned)
 
 
 def sweep_findings(sweep: SweepConfig, rows: Sequence[TrialRow]) -> SweepFindings:

@@ -65,6 +65,7 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
     parts = [
         f"# Sweep {findings.sweep.name}",
         f"**Exploratory**, {findings.ranking.exploratory}." if findings.ranking.exploratory else "",
+        "" if findings.is_over(planned) else "**Not over**: what follows may change.",
         headline(findings),
         "What must not be concluded stands at the end; read it with this.",
         "## What was swept",
