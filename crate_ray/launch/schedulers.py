@@ -7,7 +7,6 @@ never waits for a trial that is gone, and a population keeps who is who.
 """
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,12 @@ from ray.tune.schedulers.hyperband import _Bracket
 
 from crate_ray.config import LARGER_IS_BETTER, Domain
 from crate_ray.config.sweep import SchedulerConfig
+from crate_ray.space.domains import draw_value, list_values, round_digits
 
 TIME = "step"
 RESAMPLE_PROBABILITY = 0.25  # of a perturbed key: a fresh draw instead of a neighbour, as in the paper of PBT
 FACTORS = (0.8, 1.2)
+DIGITS = 6
 Report = Mapping[str, float]
 
 
@@ -78,7 +79,7 @@ class GroupedScheduler(TrialScheduler):
         actor_grace_s: float = 10.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._config, self._judged_by, self._entry_of = config, metric, entry_of
         self._metric = metric  # of the base class, which Tune reads
         self._is_closed, self._room = is_closed, room
@@ -151,7 +152,7 @@ class GroupedScheduler(TrialScheduler):
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
         """See TrialScheduler. One that is started again keeps its place."""
-        if trial.should_recover():
+        if trial.should_recover():  # type: ignore[no-untyped-call]
             return
         entry = self._forget(trial)
         self._scheduler(entry).on_trial_error(self._view(controller, entry.group), trial)
@@ -234,7 +235,7 @@ class GroupedScheduler(TrialScheduler):
             )
         if config.type == "pbt":
             return _Population(config, seed=self._seed + len(self._groups), metric=metric, mode=mode)
-        return FIFOScheduler()
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
 
 
 _NOWHERE = Entry("", 0)
@@ -285,8 +286,8 @@ class _WholeHyperBand(HyperBandScheduler):
     def _create_bracket(self, s: int) -> _Bracket:
         bracket = _WholeBracket(
             time_attr=self._time_attr,
-            max_trials=self._get_n0(s),
-            init_t_attr=self._get_r0(s),
+            max_trials=self._get_n0(s),  # type: ignore[no-untyped-call]
+            init_t_attr=self._get_r0(s),  # type: ignore[no-untyped-call]
             max_t_attr=self._max_t_attr,
             eta=self._eta,
             s=s,
@@ -297,7 +298,8 @@ class _WholeHyperBand(HyperBandScheduler):
 
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
         """See TrialScheduler. Judges the brackets in which every trial waits."""
-        for bracket in [bracket for band in self._hyperbands for bracket in band if bracket is not None]:
+        brackets: list[Any] = [bracket for band in self._hyperbands for bracket in band if bracket is not None]
+        for bracket in brackets:
             trials = bracket.current_trials()
             waits = all(t.status == Trial.PAUSED and t not in bracket.trials_to_unpause for t in trials)
             if trials and waits and bracket.cur_iter_done():
@@ -338,26 +340,14 @@ def perturbed(domain: Domain, value: Any, generator: np.random.Generator) -> Any
         value: The donor's; None where it has none.
         generator: Where the chance comes from.
     """
-    fresh = value is None or generator.random() < RESAMPLE_PROBABILITY
-    listed = domain.grid or domain.choice
-    if listed:
-        if fresh or value not in listed:
-            return listed[int(generator.integers(len(listed)))]
-        near = listed.index(value) + int(generator.choice((-1, 1)))
-        return listed[min(max(near, 0), len(listed) - 1)]
-    bounds = domain.uniform or domain.loguniform or domain.quantized
-    assert bounds is not None, "check_sweep refuses dependents under perturb"
-    lowest, highest, *step = bounds
-    if not fresh:
-        drawn = value * float(generator.choice(FACTORS))
-    elif domain.loguniform:
-        drawn = math.exp(generator.uniform(math.log(lowest), math.log(highest)))
-    else:
-        drawn = generator.uniform(lowest, highest)
-    if step:
-        drawn = lowest + round((drawn - lowest) / step[0]) * step[0]
-        drawn = type(lowest)(drawn) if all(float(v).is_integer() for v in (lowest, *step)) else drawn
-    return min(max(drawn, lowest), highest)
+    if value is None or generator.random() < RESAMPLE_PROBABILITY:
+        return draw_value(domain, generator.random())
+    bounds = domain.uniform or domain.loguniform
+    if bounds is not None:
+        return min(max(round_digits(value * float(generator.choice(FACTORS)), DIGITS), bounds[0]), bounds[1])
+    listed = list_values(domain)
+    near = listed.index(value) + int(generator.choice((-1, 1)))
+    return listed[min(max(near, 0), len(listed) - 1)]
 
 
 def size_bounds(params_m: Sequence[float], num_classes: int) -> list[float]:

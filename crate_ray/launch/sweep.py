@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from crate_ray import storage
@@ -29,7 +29,17 @@ from crate_ray.launch.schedulers import size_bounds
 from crate_ray.launch.searcher import ListedPoints, PlannedSearch, Points
 from crate_ray.launch.sweep_folder import locate_sweep, read_sweep, write_sweep
 from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals
-from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, TrialRow, list_trials, read_records, read_status
+from crate_ray.runs import (
+    Lease,
+    LeaseLostError,
+    RunFolder,
+    State,
+    TrialRow,
+    list_trials,
+    read_records,
+    read_status,
+    write_status,
+)
 from crate_ray.runs.trials import objective_values
 from crate_ray.space.arms import arm_config, arms, point_config
 from crate_ray.space.check import check_sweep
@@ -222,6 +232,7 @@ class _Run:
         """Both stages."""
         rows = list_trials(self.folder.uri)
         self.budget.take_in(rows)
+        _settle(self.folder, rows)
         storage.delete(self.folder.path(SCRATCH))  # of a session that was killed
         with _tune_environment():
             reason = self._screen(rows)
@@ -349,6 +360,16 @@ class _Run:
             "results.json", {"rows": [row.as_dict() for row in rows], "spent": spent, "counts": dict(counts)}
         )
         return rows
+
+
+def _settle(folder: RunFolder, rows: Sequence[TrialRow]) -> None:
+    """Ends the status of runs that were stopped by the scheduler and whose process died before it could write so."""
+    for row in rows:
+        trial = RunFolder(folder.path("trials", row.id))
+        status = read_status(trial) if row.state == "STOPPED" else None
+        if status is not None and status.state == "RUNNING":
+            reason = "stopped by the scheduler; its process died before it wrote a checkpoint"
+            write_status(trial, replace(status, state="KILLED", ended=status.heartbeat, reason=reason))
 
 
 def _notes(sweep: SweepConfig, spent: dict[str, float]) -> list[str]:
