@@ -21,6 +21,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
+def print_text(text: str, *, style: str | None = None) -> None:
+    """Text as it is, without markup: broken at words on a terminal, a line for each of its lines elsewhere."""
+    console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """A table; columns of numbers to the right. Not cut when the output is no terminal; a number is never broken over lines."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.output import console, errors, print_json, print_table, print_text
 from crate_ray.config import RunConfig, SweepConfig, read_yaml, recipe_names
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ def _print(arm: str, rows: "list[CoordinateRow]", limit: float) -> None:
     for key, name in _NAMES.items():
         row = max(worst[key].values(), key=lambda found: abs(found.slope))
         verdict, sign = ("passes", "<") if all(found.passes for found in worst[key].values()) else ("does not pass", ">=")
-        console.print(
+        print_text(
             f"{name} {verdict}: largest |slope| {abs(row.slope):.3f} {sign} {limit:g} ({row.name} after {row.step} steps)",
             style="bold" if key == "mup" else None,
-            soft_wrap=True,
         )
     console.print()
 

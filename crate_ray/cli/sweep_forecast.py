@@ -69,11 +69,16 @@ class LiveForecast:
     def text(self) -> str:
         """What is left, and how far off the forecast was, in a few words."""
         off = self._error.relative
-        return f"about {duration(self.left_s())} left" + ("" if off is None else f" (trials take {off:+.0%} of forecast)")
+        return f"about {duration(self.left_s())} left" + ("" if off is None else f" (trials take {error_text(off)})")
 
     def as_dict(self) -> dict[str, Any]:
         """The forecast with its error."""
         return {**self._forecast.as_dict(), "error": self._error.as_dict()}
+
+
+def error_text(relative: float) -> str:
+    """How far real times are from the forecast: 0.25 is 25% longer."""
+    return f"{abs(relative):.0%} {'longer' if relative >= 0 else 'less'} than forecast"
 
 
 def live_forecast(sweep: SweepConfig, folder: RunFolder, found: Plan, num_samples: int) -> LiveForecast | None:

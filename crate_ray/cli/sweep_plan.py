@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.output import console, errors, print_json, print_table, print_text
 from crate_ray.cli.progress import duration
 from crate_ray.cli.sweep_table import shape_of, varying_keys
 from crate_ray.config import SweepConfig, is_exploratory
@@ -117,9 +117,9 @@ def _forecast(sweep: SweepConfig, found: Plan, samples: int, concurrency: int) -
 
 def _print(sweep: SweepConfig, facts: dict[str, Any]) -> None:
     for line in (*_trial_lines(sweep, facts), *_place_lines(facts)):
-        console.print(escape(line), soft_wrap=True)
+        print_text(line)
     if facts["exploratory"]:
-        console.print(escape(f"exploratory, {facts['exploratory']}"), style="yellow", soft_wrap=True)
+        print_text(f"exploratory, {facts['exploratory']}", style="yellow")
     console.print()
     _print_first(facts)
     _print_forecast(facts)
@@ -157,15 +157,15 @@ def _print_first(facts: dict[str, Any]) -> None:
 def _print_forecast(facts: dict[str, Any]) -> None:
     forecast = facts["forecast"]
     if forecast is None:
-        console.print(f"no forecast without a measurement; price: {escape(facts['price'])}", soft_wrap=True)
+        print_text(f"no forecast without a measurement; price: {facts['price']}")
         return
     total, stages = forecast["total"], forecast["stages"]
     parts = {**stages, "total": total} if len(stages) > 1 else {"total": total}
     rows = [(name, *(_range(part[unit], unit) for unit in total)) for name, part in parts.items()]
     print_table(("forecast", *(_UNITS[unit] for unit in total)), rows)
-    console.print(escape(f"expected [least, most]; price: {facts['price']}"), soft_wrap=True)
+    print_text(f"expected [least, most]; price: {facts['price']}")
     for text in facts["beyond_budget"]:
-        console.print(f"past the budget: {escape(text)}: no trial starts that would go past it", style="yellow", soft_wrap=True)
+        print_text(f"past the budget: {text}: no trial starts that would go past it", style="yellow")
 
 
 def _range(amount: dict[str, float] | str, unit: str) -> str:

@@ -15,8 +15,9 @@ from crate_ray.analysis.confirmed import ArmDifference
 from crate_ray.analysis.objectives import MEASURES, key_names, value_text
 from crate_ray.analysis.ranking import ArmRanking, Ranking
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
-from crate_ray.cli.output import console, print_table
+from crate_ray.cli.output import console, print_table, print_text
 from crate_ray.cli.progress import duration
+from crate_ray.cli.sweep_forecast import error_text
 from crate_ray.cli.sweep_screen import NAMES, objective_text
 from crate_ray.cli.sweep_table import shape_of, state_word, varying_keys
 from crate_ray.config import SweepConfig
@@ -103,13 +104,9 @@ def print_findings(findings: SweepFindings) -> None:
     for arm in findings.ranking.arms:
         _print_ranking(arm, findings)
     if findings.ranking.exploratory:
-        console.print(
-            f"exploratory, {escape(findings.ranking.exploratory)}: these places rank no sizes and no families",
-            style="yellow",
-            soft_wrap=True,
-        )
+        print_text(f"exploratory, {findings.ranking.exploratory}: these places rank no sizes and no families", style="yellow")
     for line in _edge_lines(findings.ranking):
-        console.print(escape(line), soft_wrap=True)
+        print_text(line)
     _print_confirmed(findings)
     keys = varying_keys(findings.sweep)
     for found in findings.fronts:
@@ -174,10 +171,10 @@ def _print_confirmed(findings: SweepFindings) -> None:
     ]
     print_table(("arm", "shape", measure.axis, "95% interval", "seeds"), rows, title="confirmed on fresh seeds")
     for difference in findings.differences:
-        console.print(escape(difference.sentence()), style="bold", soft_wrap=True)
+        print_text(difference.sentence(), style="bold")
     for item in findings.confirmed:
         for seed, why in item.missing.items():
-            console.print(escape(f"{item.arm} seed {seed}: {why}"), style="yellow", soft_wrap=True)
+            print_text(f"{item.arm} seed {seed}: {why}", style="yellow")
     console.print()
 
 
@@ -199,7 +196,7 @@ def _print_importance(findings: SweepFindings) -> None:
         names = key_names(list(item.shares))
         shares = ", ".join(f"{names[key]} {share:.0%}" for key, share in item.shares.items())
         text = shares or f"nothing can be said: {item.why_not}"
-        console.print(escape(f"importance in {item.arm} ({item.num_trials} trials): {text}"), soft_wrap=True)
+        print_text(f"importance in {item.arm} ({item.num_trials} trials): {text}")
 
 
 def print_end(outcome: "SweepOutcome", summary: dict[str, Any]) -> None:
@@ -212,7 +209,7 @@ def print_end(outcome: "SweepOutcome", summary: dict[str, Any]) -> None:
     lines = [f"{summary['sweep']}: {state}", _count_text(outcome.rows, summary["refused"])]
     lines += [f"no further trial was started: {summary['cut_short']}"] if summary["cut_short"] else []
     for line in (*lines, *_cost_lines(summary)):
-        console.print(escape(line), soft_wrap=True)
+        print_text(line)
     links = summary["links"]
     console.print(f"report  {escape(links['report'])}", soft_wrap=True)
     console.print(f"MLflow  {escape(links['serve'])}", soft_wrap=True)
@@ -244,6 +241,6 @@ def _cost_lines(summary: dict[str, Any]) -> list[str]:
     if forecast is not None:
         wall, off = forecast["total"]["wall_hours"], forecast["error"]["relative"]
         low, expected, high = (duration(3600 * wall[key]) for key in ("low", "expected", "high"))
-        how = "" if off is None else f"; trials took {off:+.0%} of what was forecast for their steps"
+        how = "" if off is None else f"; for their steps, trials took {error_text(off)}"
         lines.append(f"forecast {expected} [{low}, {high}] of wall time{how}")
     return lines

@@ -142,7 +142,7 @@ class SweepScreen:
         self._ended.append(row)
         self._states[row.stage][row.state] += 1
         held = self._best.get(row.arm)
-        if row.state == "FINISHED" and (held is None or self._is_better(row, held)):
+        if row.state == "FINISHED" and row.stage == "screen" and (held is None or self._is_better(row, held)):
             self._best[row.arm] = row
 
     def _is_better(self, row: TrialRow, held: TrialRow) -> bool:
@@ -201,7 +201,7 @@ class SweepScreen:
         return parts + ([f"{infeasible} infeasible"] if infeasible else [])
 
     def _bests(self) -> list[str]:
-        """The best of each arm so far, by the first objective."""
+        """The best screening trial of each arm so far, by the first objective."""
         name = self._sweep.objective[0]
         words = {
             arm: f"{objective_text(name, row.value_of(name))} ({self._shape(row) or row.id})" for arm, row in self._best.items()
