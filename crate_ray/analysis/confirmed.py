@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from crate_ray.analysis.objectives import MEASURES
-from crate_ray.analysis.ranking import Ranking, point_of, spelling
+from crate_ray.analysis.ranking import Ranking, own_values, point_of, spelling
 from crate_ray.analysis.statistics import PairedInterval, paired_t_interval
 from crate_ray.config import SweepConfig
 from crate_ray.runs import TrialRow
@@ -126,7 +126,7 @@ def differences(configurations: Sequence[Confirmed], sweep: SweepConfig) -> list
     chosen: dict[str, dict[str, Confirmed]] = {}
     points: dict[str, dict[str, Any]] = {}
     for item in configurations:
-        point = _shared_point(item.values, sweep)
+        point = _shared_point(_anchor(item, configurations, sweep).values, sweep)
         points.setdefault(spelling(point), point)
         chosen.setdefault(spelling(point), {}).setdefault(item.arm, item)  # the first of an arm is its best
     return [_difference(a, b, points[name]) for name, of_arm in chosen.items() for a, b in combinations(of_arm.values(), 2)]
@@ -160,13 +160,25 @@ def _why_missing(row: TrialRow, objective: str) -> str:
 
 
 def _shared_point(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
-    """What arms share of a point: keys of the sweep's space that no arm has its own of and no solver chose."""
+    """What arms share of a point: keys of the space that no arm has its own of; the whole point where arms are matched."""
     if sweep.confirm is None or sweep.confirm.per == "arm":
         return {}
-    own = {key for arm in sweep.arms.values() for key in arm.space} | set(sweep.match.over if sweep.match else ())
+    if sweep.match is not None:
+        return own_values(point_of(values, sweep), sweep, sweep.match.to)
+    own = {key for arm in sweep.arms.values() for key in arm.space}
     followers = {key for key, domain in sweep.space.items() if domain.is_dependent}
     shared = sweep.space.keys() - own - followers
     return {key: value for key, value in sorted(point_of(values, sweep).items()) if key in shared}
+
+
+def _anchor(item: Confirmed, configurations: Sequence[Confirmed], sweep: SweepConfig) -> Confirmed:
+    """What a configuration was solved to match: that of the target arm with the nearest quantity; itself without a match."""
+    if sweep.match is None:
+        return item
+    quantity = sweep.match.quantity
+    wanted = item.value_of(quantity) or 0.0
+    targets = [other for other in configurations if other.arm == sweep.match.to and other.rows]
+    return min(targets, key=lambda other: abs((other.value_of(quantity) or math.inf) - wanted), default=item)
 
 
 def _difference(a: Confirmed, b: Confirmed, point: Mapping[str, Any]) -> ArmDifference:

@@ -17,8 +17,8 @@ def analysed(rows, sweep):
     return found, differences(found, sweep)
 
 
-def runs(make_trial, arm, values, **changes):
-    return [make_trial(arm, top1, seed=seed, stage="confirm", **changes) for seed, top1 in zip(SEEDS, values, strict=True)]
+def runs(make_trial, arm, accuracies, **changes):
+    return [make_trial(arm, top1, seed=seed, stage="confirm", **changes) for seed, top1 in zip(SEEDS, accuracies, strict=True)]
 
 
 def test_means_and_paired_differences_are_those_of_the_textbook(make_sweep, make_trial):
@@ -101,6 +101,33 @@ def test_points_are_compared_where_both_arms_have_them(make_sweep, make_trial):
     _, found = analysed(rows, make_sweep(confirm={"per": "point"}))
     assert [(item.point, item.first.arm, item.second.arm) for item in found] == [({"model.encoder_depth": 2}, "crate", "mae")]
     assert found[0].interval.mean == pytest.approx(0.1)
+
+
+def test_arms_that_a_solver_matched_are_compared_with_what_they_were_matched_to(make_sweep, make_trial):
+    sweep = make_sweep(
+        arms={"crate": {"base": "digits_crate_mae", "space": {"model.width": {"grid": [64, 128]}}}, "mae": {}},
+        space={},
+        match={"quantity": "encoder_params_m", "to": "crate", "over": {"model.width": {"quantized": [16, 256, 16]}}},
+        confirm={"per": "point"},
+    )
+    sizes = [("crate", 64, 1.00, 0.8), ("crate", 128, 4.00, 0.9), ("mae", 32, 1.03, 0.7), ("mae", 48, 3.90, 0.6)]
+    rows = [
+        run
+        for arm, width, size, top1 in sizes
+        for run in runs(
+            make_trial,
+            arm,
+            [top1] * 5,
+            values={"model.width": width, "optimizer.lr": 1e-3},
+            quantities={"encoder_params_m": size},
+        )
+    ]
+    _, found = analysed(rows, sweep)
+    assert [(item.point, item.second.values["model.width"]) for item in found] == [
+        ({"model.width": 64}, 32),
+        ({"model.width": 128}, 48),
+    ]
+    assert [item.interval.mean for item in found] == pytest.approx([0.1, 0.3])
 
 
 def test_losses_that_answer_different_questions_have_no_difference(make_sweep, make_trial):
