@@ -10,7 +10,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -21,13 +21,14 @@ import torch
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.launch.cluster import resolve_scale, set_environment
 from crate_ray.launch.train import EXIT_GRACE_S, Fit
-from crate_ray.runs import HEARTBEAT_SECONDS, Lease, LeaseLostError, RunFolder
+from crate_ray.runs import Lease, LeaseLostError, RunFolder
 from crate_ray.training.loop import LocalContext, TrainingDivergedError, run_training
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0
 """So long a trial holds its folder without being asked for its next report: Tune keeps actors of paused trials in store."""
+LOOK_S = 1.0  # between two looks for a stop, and for a beat that is due
 _POLL_S = 0.05
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator: can't allocate")
 
@@ -99,10 +100,20 @@ class Attempt:
         lease: Taken; it is ended with the attempt.
         after_step: See TrialContext.
         total_steps: See TrialContext.
+        is_stopping: Asked now and then; once it is true the training stops, with a checkpoint.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, lease: Lease, *, after_step: int, total_steps: int) -> None:
-        self._config, self._folder, self._lease = config, folder, lease
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        lease: Lease,
+        *,
+        after_step: int,
+        total_steps: int,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._config, self._folder, self._lease, self._is_stopping = config, folder, lease, is_stopping
         self._context = TrialContext(lease.attempt, after_step=after_step, total_steps=total_steps)
         self._thread = threading.Thread(target=self._run, name=f"trial-{folder.name}", daemon=True)
         self._thread.start()
@@ -134,17 +145,19 @@ class Attempt:
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
-        """Keeps the lease, in a thread of its own: a step, a checkpoint or a wait may take longer than a lease."""
+        """Keeps the lease and looks for a stop, in a thread of its own: a step or a checkpoint may take longer than a lease."""
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(HEARTBEAT_SECONDS):
+            while not over.wait(LOOK_S):
                 try:
                     self._lease.beat()
+                    if not self._is_stopping():
+                        continue
                 except (LeaseLostError, OSError) as error:
                     log.warning("%s", error)
-                    self._context.stop()
-                    return
+                self._context.stop()
+                return
 
         beating = threading.Thread(target=beat, name="trial-lease", daemon=True)
         beating.start()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from json import dumps
 from typing import Any
 
+from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, SweepConfig, apply_override
 from crate_ray.data import load_source
 from crate_ray.launch.generations import Generation, Pointer, clone, newest_generation, point_to
@@ -40,6 +41,7 @@ class TrialSpec:
         parent_uid: See `runs.open_run`.
         quantities: What is known of the point beforehand.
         set: Keys over those of `run`, which a scheduler has changed.
+        stop_file: URI that exists once the sweep is stopping: Tune cannot interrupt a trial between two reports.
     """
 
     run: RunConfig
@@ -50,12 +52,17 @@ class TrialSpec:
     parent_uid: str | None = None
     quantities: Mapping[str, float] = field(default_factory=dict)
     set: Mapping[str, Any] = field(default_factory=dict)
+    stop_file: str | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "TrialSpec":
         """From Tune's configuration, which may hold more; ConfigError where it is not valid."""
         known = {item.name: config[item.name] for item in fields(cls) if item.name in config}
         return cls(**known | {"run": RunConfig.parse(config["run"]), "sweep": SweepConfig.parse(config["sweep"])})
+
+    def is_stopping(self) -> bool:
+        """Whether the sweep is."""
+        return self.stop_file is not None and storage.exists(self.stop_file)
 
     def config(self, changes: Mapping[str, Any]) -> RunConfig:
         """The run of a generation, with the checkpoints that its scheduler needs."""
@@ -163,6 +170,9 @@ class TrialSession:
                 return self._report(event)
             if isinstance(event, Placed):
                 self._write(placement_group=event.group)
+            elif event.state == "KILLED" and self._spec.is_stopping():
+                self._attempt = None
+                return self._result(self._row.step, {}, state="KILLED", done=False)
             elif event.state == "KILLED":  # it was idle for too long, and goes on from where its folder stands by now
                 self._attempt, self._replays = None, deque(self._recorded_reports())
                 return self.next_result()
@@ -173,6 +183,9 @@ class TrialSession:
 
     def _next_event(self) -> Report | Placed | Ended:
         if self._attempt is None:
+            if self._spec.is_stopping():
+                time.sleep(_POLL_S)  # until Tune has heard of it too
+                return Ended("KILLED")
             try:
                 self._attempt = self._start()
             except ConfigError as error:
@@ -197,7 +210,8 @@ class TrialSession:
         self._is_open = True
         self._write(state="RUNNING", reason=None)
         reports_from = leg.total_steps if is_cooled(leg.config, spec.sweep.scheduler) else self._after_step
-        return Attempt(config, folder, lease, after_step=reports_from, total_steps=leg.total_steps)
+        steps = {"after_step": reports_from, "total_steps": leg.total_steps}
+        return Attempt(config, folder, lease, is_stopping=spec.is_stopping, **steps)
 
     def _report(self, report: Report) -> dict[str, Any]:
         measured = objective_values(report.values)
@@ -249,10 +263,10 @@ class TrialSession:
         ended = self._attempt is None or self._attempt.stop()
         if self._is_open:
             written = read_trial(self._trial)
-            is_stopped = written is not None and written.state == "STOPPED"  # by the driver, which alone knows it
-            self._write(
-                state="STOPPED" if is_stopped else "KILLED", reason=written.reason if is_stopped and written else reason
-            )
+            state: TrialState = "KILLED"
+            if written is not None and written.state == "STOPPED":  # by the driver, which alone knows it
+                state, reason = "STOPPED", written.reason
+            self._write(state=state, reason=reason)
         return ended
 
 

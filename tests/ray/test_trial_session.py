@@ -1,5 +1,6 @@
 """A trial and its folder, without a cluster: what is trained, what is only reported again, and what is left behind."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,25 @@ def test_an_allocation_that_fails_makes_a_trial_infeasible_and_other_errors_do_n
         assert reason.startswith("out of memory: ")
     assert infeasible_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert infeasible_reason(TrainingDivergedError("loss nan")) == "loss nan"
+
+
+def test_a_sweep_that_is_stopping_interrupts_a_trial_between_two_reports_with_a_checkpoint(
+    make_trial: MakeTrial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crate_ray.launch.trial_attempt.LOOK_S", 0.05)
+    stop_file = tmp_path / "stop.json"
+    long = ("train.steps=100000", "eval.every_steps=50000", "checkpoint.every_steps=50000")
+    trial = make_trial(*long, stop_file=str(stop_file))
+    session = session_of(trial)
+    folder = RunFolder(trial["folder"])
+    threading.Timer(3, stop_file.touch).start()
+    for _ in range(2):  # asked again, it does not start again
+        result = session.next_result()
+        assert (result["state"], result["done"]) == ("KILLED", False)
+    session.close(reason="SIGTERM")
+    row, saved = read_trial(folder), latest_checkpoint(folder)
+    assert row is not None
+    assert saved is not None
+    assert (row.state, row.reason) == ("KILLED", "SIGTERM")
+    assert 0 < saved.step < 50000
+    assert saved.step == [r.step for r in read_records(folder) if "train/loss" in r.values][-1]
