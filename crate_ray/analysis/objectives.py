@@ -73,6 +73,11 @@ def key_names(keys: list[str]) -> dict[str, str]:
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
+def count_text(number: int, noun: str) -> str:
+    """'1 trial', '2 trials'."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def value_text(value: Any) -> str:
     """One value of a key, short."""
     if isinstance(value, float):

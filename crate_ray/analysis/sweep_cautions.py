@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from crate_ray.analysis.confirmed import ArmDifference
-from crate_ray.analysis.objectives import MEASURES, value_text, values_text
+from crate_ray.analysis.objectives import MEASURES, count_text, value_text, values_text
 from crate_ray.analysis.ranking import Position, same_question
 from crate_ray.analysis.sweep_findings import SweepFindings
 
@@ -38,7 +38,7 @@ def _unfinished(findings: SweepFindings, planned: int | None) -> Iterator[str]:
     screened = sum(row.stage == "screen" for row in findings.rows)
     if not findings.is_over(planned):
         of_planned = f", {screened} of {planned} planned screening trials have started" if planned is not None else ""
-        yield f"The sweep is not over: {findings.num_open} trials have not ended{of_planned}. The same command again goes on."
+        yield f"The sweep is not over: {count_text(findings.num_open, 'trial')} without an end{of_planned}. The same command again goes on."
     if failed:
         yield (
             "Failed trials are missing from the ranking ("

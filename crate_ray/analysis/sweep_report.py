@@ -9,7 +9,7 @@ from typing import Any
 
 from crate_ray import storage
 from crate_ray.analysis import sweep_sections as sections
-from crate_ray.analysis.objectives import MEASURES, values_text
+from crate_ray.analysis.objectives import MEASURES, count_text, values_text
 from crate_ray.analysis.ranking import ArmRanking, own_values, same_question
 from crate_ray.analysis.sweep_cautions import cautions
 from crate_ray.analysis.sweep_findings import SweepFindings, sweep_findings
@@ -120,7 +120,7 @@ def _wins(findings: SweepFindings, first: str, second: str) -> str:
     clear = [item.interval.mean > 0 for item in pairs if item.interval and item.excludes_zero]
     ahead = sum(sign == is_larger_better for sign in clear)
     return (
-        f"{first} against {second} at {len(pairs)} points: {first} is better at {ahead}, {second} at {len(clear) - ahead}, "
+        f"{first} against {second} at {count_text(len(pairs), 'point')}: {first} is better at {ahead}, {second} at {len(clear) - ahead}, "
         f"not told apart at {len(pairs) - len(clear)}."
     )
 

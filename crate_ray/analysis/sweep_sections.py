@@ -10,7 +10,7 @@ from typing import Any
 
 from crate_ray.analysis.confirmed import ArmDifference, Confirmed
 from crate_ray.analysis.importance import Importance
-from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_text, values_text
+from crate_ray.analysis.objectives import MEASURES, Measure, count_text, key_names, value_text, values_text
 from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.config import Domain, SweepConfig
@@ -107,10 +107,12 @@ def counts(findings: SweepFindings, *, planned: int | None, refused: Mapping[str
                 lines.append((arm, stage, *(str(states[state]) for state in TRIAL_STATES), str(states.total())))
     parts = [table(("arm", "stage", *(state.lower() for state in TRIAL_STATES), "all"), lines)]
     notes = [f"Planned: {planned} screening trials."] if planned is not None else []
-    notes += [f"Refused before they cost anything: {count} points, {reason}." for reason, count in refused.items()]
+    notes += [
+        f"Refused before they cost anything: {count_text(count, 'point')}, {reason}." for reason, count in refused.items()
+    ]
     for state, verb in (("INFEASIBLE", "Infeasible"), ("FAILED", "Failed"), ("KILLED", "Killed")):
         reasons = Counter(_first_line(row.reason) for row in findings.rows if row.state == state)
-        notes += [f"{verb}: {count} trials, {reason}." for reason, count in reasons.most_common(_SHOWN_REASONS)]
+        notes += [f"{verb}: {count_text(count, 'trial')}, {reason}." for reason, count in reasons.most_common(_SHOWN_REASONS)]
         if rest := reasons.total() - sum(count for _, count in reasons.most_common(_SHOWN_REASONS)):
             notes.append(f"{verb}: {rest} trials more, for other reasons.")
     return "\n\n".join([*parts, *([bullets(notes)] if notes else [])])

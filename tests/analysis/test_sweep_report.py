@@ -93,7 +93,7 @@ def test_the_report_says_what_was_found_and_what_must_not_be_concluded(make_swee
         "| crate | confirm | 0 | 4 | 0 | 0 | 1 | 0 | 5 |",
         "- Planned: 12 screening trials.",
         "- Refused before they cost anything: 3 points, params_m = 60, asked for <= 50.",
-        "- Infeasible: 1 trials, loss nan at step 7.",
+        "- Infeasible: 1 trial, loss nan at step 7.",
         "| crate | encoder_depth 4, lr 0.01 | 0.4 | 0.04 | 67.3 [65.7, 68.8] | 4 | 1000: failed (worker lost) |",
         "| `optimizer.lr` | crate | 0.01 | upper edge |",
         "| `optimizer.lr` | mae | 0.001 | inside |",
@@ -142,7 +142,7 @@ def test_unequal_tuning_size_and_an_unfinished_sweep_are_said(make_sweep, make_t
     crate = [make_trial("crate", 0.5 + 0.01 * s, depth=2, seed=1000 + s, stage="confirm") for s in range(5)]
     rows = [make_trial("crate", depth=2), make_trial("crate", depth=2), make_trial("mae", depth=4), make_trial(state="KILLED")]
     text = text_of([*rows, *mae, *crate], make_sweep(confirm={}), {"planned": 12})
-    assert "The sweep is not over: 1 trials have not ended, 4 of 12 planned screening trials have started." in text
+    assert "The sweep is not over: 1 trial without an end, 4 of 12 planned screening trials have started." in text
     assert "**Not over**: what follows may change." in text
     assert "Unequal tuning budgets (crate 2, mae 1 trials)" in text
     assert "crate and mae: crate has 0.50 times the training FLOPs and 0.50 times the encoder parameters of mae." in text
