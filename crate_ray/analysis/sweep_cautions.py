@@ -38,7 +38,8 @@ def _unfinished(findings: SweepFindings, planned: int | None) -> Iterator[str]:
     screened = sum(row.stage == "screen" for row in findings.rows)
     if not findings.is_over(planned):
         of_planned = f", {screened} of {planned} planned screening trials have started" if planned is not None else ""
-        yield f"The sweep is not over: {count_text(findings.num_open, 'trial')} without an end{of_planned}. The same command again goes on."
+        open_trials = count_text(findings.num_open, "trial")
+        yield f"The sweep is not over: {open_trials} without an end{of_planned}. The same command again goes on."
     if failed:
         yield (
             "Failed trials are missing from the ranking ("

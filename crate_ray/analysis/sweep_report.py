@@ -119,8 +119,9 @@ def _wins(findings: SweepFindings, first: str, second: str) -> str:
     is_larger_better = MEASURES[findings.sweep.objective[0]].is_larger_better
     clear = [item.interval.mean > 0 for item in pairs if item.interval and item.excludes_zero]
     ahead = sum(sign == is_larger_better for sign in clear)
+    at = count_text(len(pairs), "point")
     return (
-        f"{first} against {second} at {count_text(len(pairs), 'point')}: {first} is better at {ahead}, {second} at {len(clear) - ahead}, "
+        f"{first} against {second} at {at}: {first} is better at {ahead}, {second} at {len(clear) - ahead}, "
         f"not told apart at {len(pairs) - len(clear)}."
     )
 
