@@ -18,9 +18,9 @@ from crate_ray.cli.progress import duration
 from crate_ray.config import ConfigError, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.runs import RunFolder, TrialRow
-from crate_ray.space import Plan, Point, point_config
+from crate_ray.space import Point, point_config
 from crate_ray.space.forecast import Forecast, Forecaster, LiveError, Measured, planned_trial
-from crate_ray.space.planned import PlannedSweep, planned_sweep
+from crate_ray.space.planned import PlannedSweep
 
 FILE = "forecast.json"
 WAIT_S = 45.0  # for the timing of steps, less than a lease lasts; then the sweep starts without a forecast
@@ -81,18 +81,17 @@ def error_text(relative: float) -> str:
     return f"{abs(relative):.0%} {'longer' if relative >= 0 else 'less'} than forecast"
 
 
-def live_forecast(sweep: SweepConfig, folder: RunFolder, found: Plan, num_samples: int) -> LiveForecast | None:
+def live_forecast(sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, num_samples: int) -> LiveForecast | None:
     """The forecast of a sweep on the cluster that this process is connected to; None, with a line why, where there is none.
 
     Args:
         sweep: The sweep.
         folder: Its folder.
-        found: Its points.
+        planned: Its runs.
         num_samples: Images of the training data.
     """
     from crate_ray.launch.cluster import capacity, trial_room
 
-    planned = planned_sweep(sweep, found, num_samples)
     room = trial_room(sweep.resources_per_trial, capacity())
     concurrency = min(room, sweep.max_concurrent or room)
     measured = _read(folder, planned) or _measure(sweep, folder, planned, concurrency)

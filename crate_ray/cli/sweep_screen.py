@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter, deque
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +21,7 @@ from crate_ray.cli.output import errors
 from crate_ray.cli.progress import LINE_EVERY_S, duration, logging_above
 from crate_ray.cli.sweep_table import TrialLine, fit_parts, shape_of, state_word, trial_table, varying_keys
 from crate_ray.config import LARGER_IS_BETTER, SweepConfig
-from crate_ray.runs import SEGMENT_SECONDS, RecordTail, RunFolder, TrialRow, objective_values
+from crate_ray.runs import SEGMENT_SECONDS, Record, RecordTail, RunFolder, TrialRow, objective_values
 
 REFRESH_S = 0.5
 KEPT = 200  # ended trials that the table can show: more rows than a terminal has
@@ -38,30 +37,43 @@ NAMES = {
 _UNITS = {"%": "%", "millions": "M"}
 
 
-@dataclass
 class _Running:
-    """A trial that holds its resources: its row as it started, and what its records said since."""
+    """A trial that holds its resources: its row as it started, and what its records said since.
 
-    row: TrialRow
-    tail: RecordTail
-    read_every_s: float
-    since: float = field(default_factory=time.monotonic)
-    next_read: float = 0.0
-    step: int = 0
-    values: dict[str, float] = field(default_factory=dict)
+    Args:
+        row: As it started.
+        folder: Of the trial.
+        is_cloning: Whether it may go on in a copy of another trial, below its own folder.
+    """
+
+    def __init__(self, row: TrialRow, folder: RunFolder, *, is_cloning: bool) -> None:
+        self.row, self.step, self.values = row, row.step, dict(row.objectives)
+        self._folder, self._is_cloning = folder, is_cloning
+        self._run, self._tail = folder, RecordTail(folder)
+        self._read_every_s = 0.0 if folder.is_local else SEGMENT_SECONDS / 2
+        self._next_read = 0.0
 
     def poll(self) -> None:
         """Reads what is new; a store that does not answer for a moment is asked again later."""
-        if time.monotonic() < self.next_read:
+        if time.monotonic() < self._next_read:
             return
-        self.next_read = time.monotonic() + self.read_every_s
+        self._next_read = time.monotonic() + self._read_every_s
         try:
-            records = self.tail.poll()
+            records = self._records()
         except OSError:
             return
         for record in records:
             self.values.update(objective_values(record.values))
-            self.step = max(self.step, record.step)
+            self.step = record.step
+
+    def _records(self) -> list[Record]:
+        if self._is_cloning:
+            from crate_ray.launch.generations import newest_generation
+
+            newest = newest_generation(self._folder).folder
+            if newest.uri != self._run.uri:
+                self._run, self._tail = newest, RecordTail(newest)
+        return self._tail.poll()
 
 
 class SweepScreen:
@@ -119,9 +131,8 @@ class SweepScreen:
 
     def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
         """A trial took its resources; called again for one that was started again."""
-        every_s = 0.0 if folder.is_local else SEGMENT_SECONDS / 2
         with self._lock:
-            self._running[row.id] = _Running(row, RecordTail(folder), every_s, step=row.step, values=dict(row.objectives))
+            self._running[row.id] = _Running(row, folder, is_cloning=self._sweep.scheduler.type == "pbt")
 
     def trial_ended(self, row: TrialRow) -> None:
         """A trial gave its resources back."""
@@ -221,7 +232,7 @@ class SweepScreen:
             shape=self._shape(row),
             state=row.state,
             params_m=row.quantities.get("params_m"),
-            step=max(live.step, row.step) if live else row.step,
+            step=live.step if live else row.step,
             total_steps=row.total_steps,
             eval_loss=value("eval_loss"),
             knn_top1=value("knn_top1"),

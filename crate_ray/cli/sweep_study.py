@@ -14,7 +14,8 @@ from crate_ray.cli.sweep_plan import num_samples
 from crate_ray.cli.sweep_screen import SweepScreen
 from crate_ray.config import SweepConfig
 from crate_ray.runs import RunFolder, TrialRow, list_trials
-from crate_ray.space import Plan, arm_config, arms, make_plan
+from crate_ray.space import arm_config, arms, make_plan
+from crate_ray.space.planned import planned_sweep
 
 if TYPE_CHECKING:
     from crate_ray.launch.sweep import SweepOutcome
@@ -33,9 +34,9 @@ class SweepStudy:
         self._screen = SweepScreen(sweep)
         self._uid: str | None = None
         self._folder: RunFolder | None = None
-        self._plan: Plan | None = None
+        self._refused: dict[str, int] = {}
         self._forecast: LiveForecast | None = None
-        self._total: int | None = None
+        self._num_planned: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +62,8 @@ class SweepStudy:
         """
         from crate_ray.analysis.sweep_report import write_report
 
-        if self._plan is not None:
-            found: dict[str, Any] = {"planned": self._total, "refused": dict(self._plan.refused)}
+        if self._num_planned is not None:
+            found: dict[str, Any] = {"planned": self._num_planned, "refused": self._refused}
             found |= {"forecast": self._forecast.as_dict()} if self._forecast is not None else {}
             folder.write_json("results.json", {**(folder.read_json("results.json") or {}), **found})
         written = write_report(folder.uri)
@@ -81,7 +82,6 @@ class SweepStudy:
 
     def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
         """See SweepEvents."""
-        self._total = total
         self._screen.known(rows, total=total, refused=refused)
 
     def stage(self, name: str, total: int) -> None:
@@ -103,22 +103,25 @@ class SweepStudy:
     def trial_ended(self, row: TrialRow) -> None:
         """See SweepEvents."""
         assert self._folder is not None
-        self._tracking.release(self._trial(self._folder, row))
+        self._mirror_end(self._trial(self._folder, row))
         if self._forecast is not None:
             self._forecast.ended(row)
         self._screen.trial_ended(row)
 
     def _started(self, folder: RunFolder) -> None:
+        """The folder is taken and the cluster is there: says what is done already, opens the mirror, forecasts the rest."""
+        samples = num_samples(self._sweep)
+        plan = make_plan(self._sweep, samples)
+        planned = planned_sweep(self._sweep, plan, samples)
+        self._refused, self._num_planned = dict(plan.refused), len(planned.screen)
         rows = [row for row in list_trials(folder.uri) if row.is_over]
         if rows:
             screened = sum(row.stage == "screen" for row in rows)
-            confirmed = f" and {len(rows) - screened} runs of the confirmation" if len(rows) > screened else ""
-            errors.print(f"resuming: {screened} trials{confirmed} are done", soft_wrap=True)
+            confirmed = f", and {len(rows) - screened} of {planned.num_confirm} to confirm" if len(rows) > screened else ""
+            errors.print(f"resuming: {screened} of {self._num_planned} trials are done{confirmed}", soft_wrap=True)
         self._follow(folder, rows)
-        self._screen.known(rows, total=None)
-        samples = num_samples(self._sweep)
-        self._plan = make_plan(self._sweep, samples)
-        self._forecast = live_forecast(self._sweep, folder, self._plan, samples)
+        self._screen.known(rows, total=self._num_planned, refused=plan.refused.total())
+        self._forecast = live_forecast(self._sweep, folder, planned, samples)
         if self._forecast is not None:
             for row in rows:
                 self._forecast.ended(row)
@@ -131,7 +134,16 @@ class SweepStudy:
         for row in rows:
             trial = self._trial(folder, row)
             self._tracking.follow(trial, parent_uid=self._uid)
-            self._tracking.release(trial)
+            self._mirror_end(trial)
+
+    def _mirror_end(self, trial: RunFolder) -> None:
+        """Lets the mirror forget a trial; one of a population may have ended in a copy of another trial, a run of its own."""
+        from crate_ray.launch.generations import newest_generation
+
+        self._tracking.release(trial)
+        if self._sweep.scheduler.type == "pbt" and (newest := newest_generation(trial).folder).uri != trial.uri:
+            self._tracking.follow(newest, parent_uid=self._uid)
+            self._tracking.release(newest)
 
     def _trial(self, folder: RunFolder, row: TrialRow) -> RunFolder:
         return RunFolder(folder.path("trials", row.id))
