@@ -275,11 +275,11 @@ def _draw_curves(subject: _Subject, made: Pictures) -> dict[str, bytes]:
     images = subject.images_ACHW[:NUM_MEASURED].to(subject.device)
     trained, control = measure_layers(subject.trained, images), measure_layers(subject.untrained, images)
     panels = [panel for panel in (_panel(*row, trained, control) for row in _PANELS) if panel.curves]
-    if not panels:
-        family = subject.trained.config.family
-        made.left_out.append(f"layer-wise curves: none of the white-box measures is defined for the family {family}")
-        return {}
     config = subject.trained.config
+    if not panels:
+        kind = " ".join([config.family, *config.ablation])
+        made.left_out.append(f"layer-wise curves: none of the white-box measures is defined for the family {kind}")
+        return {}
     head_width = config.width // config.num_heads
     bounds = {
         "ceiling: subspaces filled evenly": coding_rate_ceiling(config.num_heads, 1 + config.num_patches, head_width),

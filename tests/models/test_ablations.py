@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.evaluation.attention import view_layers
-from crate_ray.evaluation.whitebox import measure_layers
+from crate_ray.evaluation.whitebox import layer_states, measure_layers
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model, load_weights
+from crate_ray.models.blocks import CrateEncoderLayer, TransformerLayer
 from crate_ray.models.export import export_program, published_state
 from crate_ray.models.matching import fitting_presets
 from crate_ray.models.weight_files import encode_safetensors, read_weights
@@ -209,6 +210,11 @@ def test_an_exported_program_computes_the_same(keys: dict[str, Any], tmp_path: P
 def test_what_a_layer_has_is_measured_and_the_rest_is_left_out(family: str, attention: str, feedforward: str) -> None:
     model = build(family=family, attention=attention, feedforward=feedforward)
     images, _ = draw(model)
+    z = model.embed(images)
+    for layer in model.encoder_layers:
+        assert isinstance(layer, CrateEncoderLayer | TransformerLayer)
+        torch.testing.assert_close(layer_states(layer, z).code_BND, layer(z), rtol=0, atol=0)
+        z = layer(z)
     for measures in measure_layers(model, images):
         assert (measures.coding_rate_pre_nats is not None) == (attention == "tied")
         assert (measures.subspace_overlap is not None) == (attention == "tied")

@@ -23,12 +23,21 @@ def config_of(model: dict[str, Any], **overrides: Any) -> RunConfig:
         ({"preset": "mae_base"}, "12x768 s0 vit"),
         ({"preset": "crate_mae_tiny", "ista_step_size": 0.2}, "12x384 e0.2 s0 cra"),
         ({"preset": "mae_small", "mask_ratio": 0.6}, "12x384 m0.6 s0 vit"),
+        ({"preset": "crate_mae_base", "attention": "untied", "feedforward": "mlp"}, "12x768 qkv mlp s0 "),
+        ({"preset": "mae_base", "share_layers": True}, "12x768 1L s0 vit"),
     ],
 )
 def test_a_run_name_says_first_what_tells_runs_apart(model: dict[str, Any], expected: str) -> None:
     name = run_name("folder", config_of(model))
     assert name == expected
     assert len(name) <= MAX_NAME
+
+
+def test_an_ablation_is_told_from_its_family_and_has_the_parameters_of_its_own_layers() -> None:
+    params = params_of(config_of({"preset": "crate_mae_base", "feedforward": "mlp", "mlp_ratio": 0.5}))
+    assert (params["arch"], params["ista_step_size"]) == ("crate_mae mlp r0.5 12x768", "none")
+    params = params_of(config_of({"preset": "mae_base", "feedforward": "ista"}))
+    assert (params["arch"], params["ista_step_size"]) == ("mae ista 12x768", "0.1")
 
 
 def test_a_name_that_the_user_chose_stands() -> None:

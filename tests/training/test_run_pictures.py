@@ -105,6 +105,14 @@ def test_the_vit_family_has_what_is_defined_for_it(load_tiny: LoadTiny) -> None:
 
 
 @pytest.mark.slow
+def test_an_ablation_has_the_curves_of_the_half_layers_that_it_has(load_tiny: LoadTiny) -> None:
+    made = draw_pictures(train(load_tiny("model.attention=untied", "model.encoder_depth=2", "train.steps=2")))
+    assert any(file.endswith("layers.png") for file in made.files)
+    assert made.left_out == []
+    made = draw_pictures(train(load_tiny("model.attention=untied", "model.feedforward=mlp", "train.steps=2")))
+    assert made.left_out == ["layer-wise curves: none of the white-box measures is defined for the family crate untied mlp"]
+
+
 def test_a_classifier_has_all_but_reconstructions(load_tiny: LoadTiny) -> None:
     made = draw_pictures(train(load_tiny("task=classify", "model.num_classes=10", *SHALLOW)))
     assert names(made) == [name for name in OF_A_CRATE if name != "reconstructions.png"]
