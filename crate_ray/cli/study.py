@@ -42,7 +42,8 @@ class Tracking:
         if summary.error is not None:
             errors.print(
                 f"[yellow]MLflow did not take everything ({summary.error}); the run folder has it, "
-                "`crate-ray tracking sync` sends it[/yellow]"
+                "`crate-ray tracking sync` sends it[/yellow]",
+                soft_wrap=True,
             )
 
     def follow(self, folder: RunFolder, *, parent_uid: str | None = None) -> None:
