@@ -226,3 +226,22 @@ def check_trial_fits(resources: TrialResources, have: Capacity) -> None:
         f"{there}{grow}, room for {have.workers_at_most(need)} such workers; lower resources_per_trial.num_workers, .cpus or "
         ".gpus, or add nodes"
     )
+
+
+def check_population_fits(population: int, resources: TrialResources, have: Capacity) -> None:
+    """Refuses a population that cannot train side by side: nobody could copy anybody.
+
+    Args:
+        population: Trials over all arms.
+        resources: Of one trial.
+        have: What the cluster has.
+
+    Raises:
+        ConfigError: The population and the room for it.
+    """
+    room = trial_room(resources, have)
+    if room < population:
+        raise ConfigError(
+            f"scheduler.population: {population} trials over all arms train side by side, and the cluster has room for {room}; "
+            "lower scheduler.population or resources_per_trial (cpus: 0.5 shares a CPU), or add nodes"
+        )

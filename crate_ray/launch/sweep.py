@@ -21,7 +21,7 @@ from crate_ray.config import SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
 from crate_ray.launch.budget import Budget
-from crate_ray.launch.cluster import capacity, check_trial_fits, connect, trial_room
+from crate_ray.launch.cluster import capacity, check_population_fits, check_trial_fits, connect, trial_room
 from crate_ray.launch.experiment import SCRATCH, Experiment
 from crate_ray.launch.placement import free_orphaned_groups
 from crate_ray.launch.roster import Roster
@@ -160,6 +160,8 @@ def run_sweep(
     find_price(sweep.budget, sweep.resources_per_trial)  # refuses one that is not known before anything starts
     connect()
     check_trial_fits(sweep.resources_per_trial, capacity())
+    if sweep.scheduler.type == "pbt":
+        check_population_fits(sweep.scheduler.population * len(arms(sweep)), sweep.resources_per_trial, capacity())
     storage.check_writable(storage.join(folder.uri, ".."))
     with StopSignals() as signals:
         lease = Lease.take(folder)
@@ -226,7 +228,7 @@ class _Run:
         self.grace_s = arm_config(sweep, next(iter(arms(sweep)))).checkpoint.stop_grace_s
         self.cut_short: str | None = None
         self.is_stopping = threading.Event()
-        self._room, self._looked_at = trial_room(resources, capacity()), 0.0
+        self._room, self._looked_at = self._find_room(), 0.0
 
     def run(self) -> SweepOutcome:
         """Both stages."""
@@ -339,12 +341,15 @@ class _Run:
         if time.monotonic() - self._looked_at < ROOM_S:
             return
         self._looked_at = time.monotonic()
-        room = trial_room(self.sweep.resources_per_trial, capacity())
-        self._room = min(room, self.sweep.max_concurrent or room)
+        self._room = self._find_room()
         self._free_groups()
         spent = self.budget.spent()
         self.folder.write_json("spent.json", spent)
         self.events.notes(*_notes(self.sweep, spent))
+
+    def _find_room(self) -> int:
+        room = trial_room(self.sweep.resources_per_trial, capacity())
+        return min(room, self.sweep.max_concurrent or room)
 
     def _free_groups(self) -> None:
 

@@ -40,6 +40,7 @@ def test_asha_stops_trials_within_their_class_of_size(digits: Path, tmp_path: Pa
         digits,
         tmp_path,
         space={"model.width": {"grid": [32, 64]}},
+        tune={"optimizer.lr": {"grid": [1e-3, 3e-4, 1e-4]}},
         scheduler={"type": "asha", "grace_steps": 5, "reduction_factor": 2, "bracket_by": "params", "num_brackets": 2},
         max_concurrent=1,
     )
@@ -49,7 +50,7 @@ def test_asha_stops_trials_within_their_class_of_size(digits: Path, tmp_path: Pa
     assert outcome.state == "FINISHED"
     by_size = {width: [row for row in outcome.rows if row.values["model.width"] == width] for width in (32, 64)}
     for rows in by_size.values():
-        # One at a time, the best rate first: the others are worse at the first rung, and stop there.
+        # One at a time, the best rate first: the second is worse than the first, the third worse than the middle of both.
         assert {row.values["optimizer.lr"]: (row.state, row.step) for row in rows} == {
             1e-3: ("FINISHED", 20),
             1e-4: ("STOPPED", 5),
@@ -71,8 +72,9 @@ def test_a_clone_of_a_population_starts_at_its_donors_step(digits: Path, tmp_pat
         tune={},
         space={"optimizer.lr": domain},
         search={"method": "random"},
-        scheduler={"type": "pbt", "population": 4, "interval_steps": 10, "perturb": {"optimizer.lr": domain}},
-        more={"train.steps": 40},
+        scheduler={"type": "pbt", "population": 4, "interval_steps": 20, "perturb": {"optimizer.lr": domain}},
+        report_every_steps=20,
+        more={"train.steps": 600},  # long enough for all four to train at the same time
     )
     outcome, _ = run(path)
     assert outcome.counts == {"FINISHED": 4}
@@ -145,7 +147,7 @@ def test_trials_of_two_workers_leave_nothing_behind(digits: Path, tmp_path: Path
         resources_per_trial={"num_workers": 2, "cpus": 1},
     )
     outcome, _ = run(path)
-    assert outcome.state == "FINISHED"
+    assert outcome.state == "FINISHED", [(row.id, row.state, row.reason) for row in outcome.rows]
     assert set(outcome.counts) <= {"FINISHED", "STOPPED"}
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     assert groups == []
