@@ -20,7 +20,8 @@ def free_orphaned_groups() -> list[str]:
     Returns:
         Their ids, hexadecimal.
     """
-    return _free(lambda group: bool(group.creator_actor_id) and group.creator_actor_dead)
+    no_actor = ray.ActorID.nil().binary()  # the driver's own groups, those of Tune, count as made by a dead actor
+    return _free(lambda group: group.creator_actor_id not in (b"", no_actor) and group.creator_actor_dead)
 
 
 def free_groups_of(actor_id: str) -> list[str]:
