@@ -309,7 +309,11 @@ class _WholeHyperBand(HyperBandScheduler):
 
 
 class _Population(PopulationBasedTraining):
-    """PBT whose clones stay themselves: they take weights and values from their donor, not its folder or seed."""
+    """PBT whose clones stay themselves: they take weights and values from their donor, not its folder or seed.
+
+    All meet at every interval: trials that start seconds apart may otherwise never train at the same time, and then nobody
+    copies anybody. Tune's own waits for ever when the last one that the others wait for fails; here they go on.
+    """
 
     def __init__(self, config: SchedulerConfig, *, seed: int, metric: str, mode: str) -> None:
         assert config.interval_steps is not None
@@ -321,9 +325,22 @@ class _Population(PopulationBasedTraining):
             quantile_fraction=config.quantile,
             custom_explore_fn=dict,  # _get_new_config is ours; the constructor wants one of two
             log_config=False,
+            synch=True,
         )
         self._perturb = config.perturb
         self._generator = np.random.default_rng(seed)
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        """See TrialScheduler. Where all wait and nobody is left to come, the next interval begins."""
+        live = controller.get_live_trials()
+        waits = bool(live) and all(
+            trial.status == Trial.PAUSED and self._trial_state[trial].last_train_time >= self._next_perturbation_sync
+            for trial in live
+        )
+        if waits:
+            self._next_perturbation_sync += self._perturbation_interval
+        trial: Trial | None = super().choose_trial_to_run(controller)
+        return trial
 
     def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
         donor = trial_to_clone.config

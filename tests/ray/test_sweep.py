@@ -73,8 +73,8 @@ def test_a_clone_of_a_population_starts_at_its_donors_step(digits: Path, tmp_pat
         space={"optimizer.lr": domain},
         search={"method": "random"},
         scheduler={"type": "pbt", "population": 4, "interval_steps": 20, "perturb": {"optimizer.lr": domain}},
-        report_every_steps=20,
-        more={"train.steps": 600},  # long enough for all four to train at the same time
+        report_every_steps=10,
+        more={"train.steps": 60},
     )
     outcome, _ = run(path)
     assert outcome.counts == {"FINISHED": 4}
