@@ -20,11 +20,11 @@ from crate_ray.models.memory import Precision, activation_bytes, training_state_
 from crate_ray.space.costs import flops_per_step
 from crate_ray.space.expected_steps import ExpectedSteps, expected_steps
 
-OVERHEAD_S = 3.0
-"""Seconds of a one-worker trial beyond its own loop, on reused actors."""
-NESTED_OVERHEAD_S = 15.0
+OVERHEAD_S = 0.3
+"""Seconds of a one-worker trial beyond its own loop, on reused actors: benchmarks/results/2026-11-21-sweep.md, 2 cores."""
+NESTED_OVERHEAD_S = 12.0
 """The same of a trial of several workers, each of which starts processes."""
-START_S = 10.0
+START_S = 7.0
 """Until the first trial of a sweep takes its first step: cluster, driver and first actor."""
 MEMORY_MARGIN = 1.1
 """Temporaries and the allocator's rounding, as a share of what is counted."""
