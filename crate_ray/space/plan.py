@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crate_ray.config import ConfigError, RunConfig, SweepConfig
+from crate_ray.config.sweep import MatchConfig
 from crate_ray.space.arms import ArmSpace, arms
 from crate_ray.space.constraints import Constraint, parse_constraint
 from crate_ray.space.costs import quantities
@@ -109,6 +110,15 @@ def make_plan(sweep: SweepConfig, num_samples: int | None = None) -> Plan:
     return _Planning(sweep, num_samples).run()
 
 
+@dataclass(frozen=True)
+class _Admitted:
+    """A feasible point, the values that it was made of, and its run."""
+
+    point: Point
+    chosen: Mapping[str, Any]
+    config: RunConfig
+
+
 class _Planning:
     """The state of one `make_plan`."""
 
@@ -122,65 +132,69 @@ class _Planning:
         self.num_samples = num_samples
 
     def run(self) -> Plan:
-        match = self.sweep.match
-        free = [name for name in self.names if match is None or name == match.to]
-        targets: list[Target] = []
-        for name in free:
-            targets += self._collect(name, self._resolved(name, self._chosen(name)))
-        for name in self.names:
-            if name not in free:
-                self._collect(name, self._matched(name, targets))
-        self.plan.points = {name: self.plan.points[name] for name in self.names}
+        if self.sweep.match is None:
+            for name in self.names:
+                self.plan.points[name] = [admitted.point for admitted in self._free(name)]
+        else:
+            self._pair(self.sweep.match)
         return self.plan
 
-    def _collect(self, arm: str, candidates: Iterator[tuple[Mapping[str, Any], dict[str, Any] | str]]) -> list[Target]:
-        """Takes the feasible candidates of an arm, each once, up to its share of the budget; returns what they are to match."""
-        points: list[Point] = []
-        targets: list[Target] = []
-        seen: set[str] = set()
+    def _free(self, arm: str) -> list[_Admitted]:
+        """The feasible points of an arm, each once, up to its share of the budget."""
         limit = self.limits[arm] if self.sweep.search.method != "grid" else None
-        refused: Counter[str] = Counter()
-        for chosen, values in candidates:
-            if limit is not None and len(points) >= limit:
+        found: dict[str, _Admitted | None] = {}
+        num_found = 0
+        before = Counter(self.plan.refused)
+        for chosen in self._chosen(arm):
+            if limit is not None and num_found >= limit:
                 break
-            if isinstance(values, str):
-                refused[values] += 1
+            try:
+                values = self.spaces[arm].resolve(chosen)
+            except ConfigError as error:
+                self.plan.refused[_problem(error)] += 1
                 continue
             identity = canonical(values)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            point = Point(arm, values, self.sweep.screen.seed)
-            config = self._admitted(point, refused)
-            if config is not None:
-                points.append(point)
-                targets += self._targets(point, chosen, config)
-        self.plan.points[arm] = points
-        self.plan.refused += refused
-        if not points:
-            raise ConfigError(f"no point of arm '{arm}' is feasible; refused: {describe_refusals(refused)}")
-        return targets
+            if identity not in found:
+                found[identity] = self._admitted(arm, values, chosen)
+                num_found += found[identity] is not None
+        if not num_found:
+            refused = describe_refusals(self.plan.refused - before)
+            raise ConfigError(f"no point of arm '{arm}' is feasible; refused: {refused}")
+        return [admitted for admitted in found.values() if admitted is not None]
 
-    def _admitted(self, point: Point, refused: Counter[str]) -> RunConfig | None:
-        """The point's run; None where it is refused, which is counted."""
+    def _pair(self, match: MatchConfig) -> None:
+        """Points of the arm that others are matched to, and their partners; a point without one in every arm is left out."""
+        targets = [self._target(match, admitted) for admitted in self._free(match.to)]
+        others = [name for name in self.names if name != match.to]
+        partners = {name: list(self._partners(name, match, targets)) for name in others}
+        kept = [i for i in range(len(targets)) if all(partners[name][i] for name in others)]
+        for i in set(range(len(targets))) - set(kept):
+            alone = 1 + sum(len(partners[name][i]) for name in others)
+            self.plan.refused["without a partner in every arm"] += alone
+        if not kept:
+            raise ConfigError(f"no point of arm '{match.to}' has a partner; refused: {describe_refusals(self.plan.refused)}")
+        for name in self.names:
+            found = [[target.point] for target in targets] if name == match.to else partners[name]
+            self.plan.points[name] = list({point.key: point for i in kept for point in found[i]}.values())
+
+    def _admitted(self, arm: str, values: Mapping[str, Any], chosen: Mapping[str, Any]) -> _Admitted | None:
+        """A point with its run; None where it is refused, which is counted."""
         try:
-            config = self.spaces[point.arm].config(point.values)
+            config = self.spaces[arm].config(values)
         except ConfigError as error:
-            refused[_problem(error)] += 1
+            self.plan.refused[_problem(error)] += 1
             return None
-        refusal = self.gates[point.arm].refusal_of(config)
-        refused.update([refusal[0]] if refusal else [])
-        return None if refusal else config
+        refusal = self.gates[arm].refusal_of(config)
+        if refusal is not None:
+            self.plan.refused[refusal[0]] += 1
+            return None
+        return _Admitted(Point(arm, values, self.sweep.screen.seed), chosen, config)
 
-    def _targets(self, point: Point, chosen: Mapping[str, Any], config: RunConfig) -> list[Target]:
-        """What other arms are matched to in a point: nothing where it is of one of those arms."""
-        match = self.sweep.match
-        if match is None or match.to != point.arm:
-            return []
-        known = quantities(config, num_samples=self.num_samples)
+    def _target(self, match: MatchConfig, admitted: _Admitted) -> Target:
+        known = quantities(admitted.config, num_samples=self.num_samples)
         if match.quantity not in known:
             raise ConfigError(f"match.quantity = {match.quantity} needs the number of steps: set train.steps")
-        return [Target(point, known[match.quantity], config.model.encoder_depth, chosen)]
+        return Target(admitted.point, known[match.quantity], admitted.config.model.encoder_depth, admitted.chosen)
 
     def _chosen(self, arm: str) -> Iterator[dict[str, Any]]:
         """Values of an arm's independent keys: all of them, or draws."""
@@ -191,19 +205,8 @@ class _Planning:
         tries = max(_LEAST_TRIES, TRIES_PER_POINT * (self.limits[arm] or 1))
         return (draw(self.sweep, space, index) for index in range(tries))
 
-    def _resolved(
-        self, arm: str, candidates: Iterator[dict[str, Any]]
-    ) -> Iterator[tuple[Mapping[str, Any], dict[str, Any] | str]]:
-        for chosen in candidates:
-            try:
-                yield chosen, self.spaces[arm].resolve(chosen)
-            except ConfigError as error:
-                yield chosen, _problem(error)
-
-    def _matched(self, arm: str, targets: list[Target]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any] | str]]:
-        """For each target, what the solver finds; the arm's other keys are the target's where both have them."""
-        match = self.sweep.match
-        assert match is not None
+    def _partners(self, arm: str, match: MatchConfig, targets: list[Target]) -> Iterator[list[Point]]:
+        """For each target the feasible points that the solver finds; other keys are the target's where both arms have them."""
         space, solver = self.spaces[arm], Solver(self.spaces[arm], match)
         for number, target in enumerate(targets):
             shared = {
@@ -212,10 +215,15 @@ class _Planning:
                 if key not in match.over and key in target.chosen and space.domains[key] == self.spaces[match.to].domains[key]
             }
             own = [key for key in space.independent if key not in match.over and key not in shared]
+            partners = []
             for values in self._own_values(space, own, number):
                 found = solver.solve(target, {**shared, **values})
                 self.plan.matches.append(found)
-                yield {**shared, **values}, dict(found.values) if found.is_within else describe_miss(found)
+                if not found.is_within:
+                    self.plan.refused[describe_miss(found)] += 1
+                elif (admitted := self._admitted(arm, found.values, values)) is not None:
+                    partners.append(admitted.point)
+            yield partners
 
     def _own_values(self, space: ArmSpace, keys: list[str], number: int) -> Iterator[dict[str, Any]]:
         if self.sweep.search.method == "grid":
