@@ -24,6 +24,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 CONNECT_TIMEOUT_S = 10.0
+GPU_LOOK_S = 30.0
 
 
 GROW_TIMEOUT_S = 900  # a worker group waits so long for nodes that an autoscaler still has to start
@@ -207,6 +208,37 @@ def trial_room(resources: TrialResources, have: Capacity) -> int:
     The latter, so that demand appears for nodes that are not there yet.
     """
     return have.workers_at_most(trial_need(resources)) // resources.num_workers
+
+
+def worker_bytes(resources: TrialResources, have: Capacity) -> int | None:
+    """Memory that a worker of a trial can have: its part of a GPU, or of the largest node by its CPUs; None if unknown.
+
+    Ray does not know the memory of a GPU, so a worker looks. Where no GPU is free within GPU_LOOK_S, or none is there yet, it
+    stays unknown.
+    """
+    if resources.gpus:
+        whole = _gpu_bytes() if have.total("GPU") else None
+        return None if whole is None else int(whole * resources.gpus)
+    parts = [node["memory"] * min(1.0, resources.cpus / node["CPU"]) for node in have.nodes if {"memory", "CPU"} <= node.keys()]
+    return int(max(parts)) if parts else None
+
+
+def _gpu_bytes() -> int | None:
+    import ray
+
+    look = ray.remote(num_gpus=1, num_cpus=0)(_look_at_gpu).remote()
+    try:
+        return int(ray.get(look, timeout=GPU_LOOK_S))
+    except ray.exceptions.RayError as error:
+        log.info("the memory of a GPU is not known: %s", error)
+        ray.cancel(look, force=True)
+        return None
+
+
+def _look_at_gpu() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def check_trial_fits(resources: TrialResources, have: Capacity) -> None:

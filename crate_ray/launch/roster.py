@@ -6,6 +6,7 @@ hundreds of trials by it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json import dumps
 from typing import Any
 
 from crate_ray import storage
@@ -15,6 +16,7 @@ from crate_ray.runs import RunFolder, TrialRow, loss_target
 from crate_ray.space.arms import point_config
 from crate_ray.space.check import scheduler_metric
 from crate_ray.space.costs import quantities
+from crate_ray.space.forecast import memory_reason
 from crate_ray.space.point import Point
 from crate_ray.training.first_weights import pin_weights
 from crate_ray.training.prepare import absolute_paths, data_digest
@@ -30,6 +32,7 @@ class Planned:
         config: What Tune starts it with.
         entry: What the scheduler must know.
         row: As it stands in tables until its own trial.json is there.
+        refusal: Why it cannot fit into the memory of a worker; None where it may.
     """
 
     point: Point
@@ -37,6 +40,7 @@ class Planned:
     config: dict[str, Any]
     entry: Entry
     row: TrialRow
+    refusal: str | None = None
 
 
 class Roster:
@@ -48,14 +52,23 @@ class Roster:
         num_samples: Images of the training data.
         parent_uid: The sweep's own run_uid.
         bounds: Limits between classes of size, see `schedulers.size_bounds`.
+        worker_bytes: Memory of a worker's device; None where it is not known, and nothing is refused.
     """
 
     def __init__(
-        self, sweep: SweepConfig, folder: RunFolder, *, num_samples: int, parent_uid: str, bounds: Sequence[float] = ()
+        self,
+        sweep: SweepConfig,
+        folder: RunFolder,
+        *,
+        num_samples: int,
+        parent_uid: str,
+        bounds: Sequence[float] = (),
+        worker_bytes: int | None = None,
     ) -> None:
         self._sweep, self._folder, self._num_samples = sweep, folder, num_samples
-        self._parent_uid, self._bounds = parent_uid, bounds
-        self._sweep_values = sweep.model_dump(mode="json")
+        self._parent_uid, self._bounds, self._worker_bytes = parent_uid, bounds, worker_bytes
+        # One text for all trials: Tune keeps what it is given of every trial to the end, and copies and flattens mappings.
+        self._sweep_text = dumps(sweep.model_dump(mode="json"))
         self._digests: dict[DataConfig, str] = {}
 
     def plan(self, point: Point) -> Planned:
@@ -84,8 +97,8 @@ class Roster:
             total_steps=steps,
         )
         given = {
-            "run": config.model_dump(mode="json"),
-            "sweep": self._sweep_values,
+            "run": dumps(config.model_dump(mode="json")),
+            "sweep": self._sweep_text,
             "point": point.as_dict(),
             "folder": folder.uri,
             "study": self._sweep.name,
@@ -93,7 +106,8 @@ class Roster:
             "quantities": known,
             "set": {},
         }
-        return Planned(point, folder, given, Entry(self._group(point, config, known["params_m"]), steps), row)
+        refusal = None if self._worker_bytes is None else memory_reason(config, device_bytes=self._worker_bytes)
+        return Planned(point, folder, given, Entry(self._group(point, config, known["params_m"]), steps), row, refusal)
 
     def _group(self, point: Point, config: RunConfig, params_m: float) -> str:
         """Arms never compete: each is to have its best judged. Losses that answer different questions never do either."""

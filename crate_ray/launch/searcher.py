@@ -142,9 +142,19 @@ class PlannedSearch(Searcher):
             if point is None:
                 return None
             planned = self._roster.plan(point)
-            if planned.row.id not in self._known:
-                self._known.add(planned.row.id)
+            if planned.row.id in self._known:
+                continue
+            self._known.add(planned.row.id)
+            if planned.refusal is None:
                 return planned
+            self._refuse(planned, planned.refusal)
+
+    def _refuse(self, planned: Planned, reason: str) -> None:
+        """Writes down a trial that needs more memory than there is, before it costs anything."""
+        row = replace(planned.row, state="INFEASIBLE", reason=reason)
+        write_trial(planned.folder, row)
+        self._points.tell_infeasible(planned.point, reason)
+        self._watcher.trial_ended(row)
 
     def entry_of(self, config: Mapping[str, Any]) -> Entry:
         """What the scheduler must know of a trial that this searcher has proposed."""

@@ -21,7 +21,7 @@ from crate_ray.config import SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
 from crate_ray.launch.budget import Budget
-from crate_ray.launch.cluster import capacity, check_population_fits, check_trial_fits, connect, trial_room
+from crate_ray.launch.cluster import capacity, check_population_fits, check_trial_fits, connect, trial_room, worker_bytes
 from crate_ray.launch.experiment import SCRATCH, Experiment
 from crate_ray.launch.placement import free_orphaned_groups
 from crate_ray.launch.roster import Roster
@@ -283,7 +283,12 @@ class _Run:
         """One Tune experiment; a reason when it did not come to its end."""
         self.events.stage(stage, total)
         roster = Roster(
-            self.sweep, self.folder, num_samples=self.num_samples, parent_uid=self.uid, bounds=self._size_bounds(stage)
+            self.sweep,
+            self.folder,
+            num_samples=self.num_samples,
+            parent_uid=self.uid,
+            bounds=self._size_bounds(stage),
+            worker_bytes=worker_bytes(self.sweep.resources_per_trial, capacity()),
         )
         search = PlannedSearch(
             points,

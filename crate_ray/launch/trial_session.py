@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from json import dumps
+from json import dumps, loads
 from typing import Any
 
 from crate_ray import storage
@@ -56,9 +56,10 @@ class TrialSpec:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "TrialSpec":
-        """From Tune's configuration, which may hold more; ConfigError where it is not valid."""
+        """From Tune's configuration, with run and sweep as JSON, which may hold more; ConfigError where it is not valid."""
         known = {item.name: config[item.name] for item in fields(cls) if item.name in config}
-        return cls(**known | {"run": RunConfig.parse(config["run"]), "sweep": SweepConfig.parse(config["sweep"])})
+        run, sweep = RunConfig.parse(loads(config["run"])), SweepConfig.parse(loads(config["sweep"]))
+        return cls(**known | {"run": run, "sweep": sweep})
 
     def is_stopping(self) -> bool:
         """Whether the sweep is."""

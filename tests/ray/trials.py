@@ -1,6 +1,7 @@
 """Trials of a sweep over tiny runs on the digits, as Tune would configure them."""
 
 from collections.abc import Callable
+from json import dumps
 from typing import Any
 
 from crate_ray.config import RunConfig, SweepConfig, resume_parts
@@ -25,8 +26,8 @@ def trial_of(config: RunConfig, root: str, *, sweep: dict[str, Any], **more: Any
         }
     )
     return {
-        "run": config.model_dump(mode="json"),
-        "sweep": whole.model_dump(mode="json"),
+        "run": dumps(config.model_dump(mode="json")),
+        "sweep": dumps(whole.model_dump(mode="json")),
         "point": {"arm": "crate", "values": {}, "seed": config.train.seed, "stage": "screen"},
         "folder": f"{root}/trials/crate-{identity}",
         "study": "tiny",

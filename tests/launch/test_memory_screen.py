@@ -1,0 +1,101 @@
+"""Trials that need more memory than a worker has: refused before they cost anything, written down and told to the planner."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crate_ray.config import SweepConfig
+from crate_ray.config.sweep import TrialResources
+from crate_ray.data import load_source
+from crate_ray.launch.budget import Budget
+from crate_ray.launch.cluster import Capacity, worker_bytes
+from crate_ray.launch.roster import Roster
+from crate_ray.launch.searcher import PlannedSearch
+from crate_ray.runs import RunFolder, TrialRow, list_trials
+from crate_ray.space import make_planner
+from crate_ray.space.point import Point
+
+
+class Told:
+    """The points of a planner, and what it was told of them."""
+
+    def __init__(self, planner: Any) -> None:
+        self._planner = planner
+        self.refused: list[str] = []
+
+    @property
+    def is_exhausted(self) -> bool:
+        return bool(self._planner.is_exhausted)
+
+    def ask(self) -> Point | None:
+        point: Point | None = self._planner.ask()
+        return point
+
+    def tell(self, point: Point, values: Mapping[str, float]) -> None:
+        self._planner.tell(point, values)
+
+    def tell_infeasible(self, point: Point, reason: str) -> None:
+        self.refused.append(reason)
+        self._planner.tell_infeasible(point, reason)
+
+
+class Seen:
+    """Who watches."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.ended: list[TrialRow] = []
+
+    def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
+        self.started.append(row.id)
+
+    def trial_ended(self, row: TrialRow) -> None:
+        self.ended.append(row)
+
+
+def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> None:
+    sweep = SweepConfig.parse(
+        {
+            "name": "sizes",
+            "base": "digits_crate_mae",
+            "set": {"data.train": f"{digits}/train", "data.eval": f"{digits}/validation", "storage.path": str(tmp_path)},
+            "space": {"model.width": {"grid": [64, 4096]}},
+            "tune": {"optimizer.lr": {"grid": [1e-4, 1e-3]}},
+        }
+    )
+    num_samples = int(load_source(f"{digits}/train").num_samples)
+    folder = RunFolder(str(tmp_path / "sizes"))
+    points, seen = Told(make_planner(sweep, num_samples, study_path=None)), Seen()
+    search = PlannedSearch(
+        points,
+        over=[],
+        roster=Roster(sweep, folder, num_samples=num_samples, parent_uid="0", worker_bytes=4 << 30),
+        budget=Budget(sweep.budget, sweep.resources_per_trial),
+        room=lambda: 9,
+        is_stopping=lambda: False,
+        watcher=seen,
+    )
+
+    proposed = [search.suggest(name) for name in "abc"]
+
+    assert [isinstance(config, dict) for config in proposed] == [True, True, False]
+    assert len(seen.started) == 2
+    rows = list_trials(folder.uri)
+    assert [row.state for row in rows] == ["INFEASIBLE"] * 2
+    assert {row.values["model.width"] for row in rows} == {4096}
+    assert {row.id for row in seen.ended} == {row.id for row in rows}
+    assert all(reason.startswith("needs about") and "a worker has 4.00 GiB" in reason for reason in points.refused)
+    assert len(points.refused) == 2
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(1.0, 8 << 30), (4.0, 32 << 30), (16.0, 64 << 30)])
+def test_a_worker_has_its_part_of_the_largest_node(cpus: float, expected: int) -> None:
+    small, large = {"CPU": 2.0, "memory": float(4 << 30)}, {"CPU": 8.0, "memory": float(64 << 30)}
+    assert worker_bytes(TrialResources(cpus=cpus), Capacity((small, large), {})) == expected
+
+
+def test_without_a_node_or_a_gpu_the_memory_is_not_known() -> None:
+    assert worker_bytes(TrialResources(), Capacity((), {})) is None
+    assert worker_bytes(TrialResources(gpus=1), Capacity(({"CPU": 8.0, "memory": float(64 << 30)},), {})) is None
