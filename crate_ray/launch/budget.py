@@ -4,6 +4,7 @@ In: the limits, what a trial holds, and the time that trials held it. Out: a rea
 has not ended counts as a typical one: the mean of those measured so far. The first ones are started on trust.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from crate_ray.runs import TrialRow
 
 @dataclass
 class Budget:
-    """The account of a sweep.
+    """The account of a sweep. Tune's thread writes it while the main thread reads what was used.
 
     Attributes:
         limits: What it may use.
@@ -34,6 +35,7 @@ class Budget:
     seconds: dict[str, float] = field(default_factory=dict)
     num_started: int = 0
     _since: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take_in(self, rows: Iterable[TrialRow]) -> None:
         """Counts what earlier sessions have used."""
@@ -43,14 +45,16 @@ class Budget:
 
     def started(self, row: TrialRow) -> None:
         """A trial gets its resources; one that was started before goes on with its account."""
-        known = row.id in self.seconds
-        self.running[row.id] = (self.seconds.pop(row.id, 0.0), time.monotonic())
-        self.num_started += row.stage == "screen" and not known
+        with self._lock:
+            known = row.id in self.seconds
+            self.running[row.id] = (self.seconds.pop(row.id, 0.0), time.monotonic())
+            self.num_started += row.stage == "screen" and not known
 
     def ended(self, row: TrialRow) -> None:
         """A trial has given its resources back."""
-        before, since = self.running.pop(row.id)
-        self.seconds[row.id] = max(row.seconds, before + time.monotonic() - since)
+        with self._lock:
+            before, since = self.running.pop(row.id)
+            self.seconds[row.id] = max(row.seconds, before + time.monotonic() - since)
 
     @property
     def hours(self) -> float:
@@ -59,7 +63,8 @@ class Budget:
 
     def spent(self) -> dict[str, float]:
         """Trials, hours, trial_hours, gpu_hours, and usd where a price is known."""
-        held = sum(self.seconds.values()) + sum(self._elapsed(name) for name in self.running)
+        with self._lock:
+            held = sum(self.seconds.values()) + sum(self._elapsed(name) for name in self.running)
         return self._priced(held / 3600, self.hours)
 
     def _priced(self, trial_hours: float, hours: float) -> dict[str, float]:
@@ -69,9 +74,11 @@ class Budget:
 
     def refusal(self) -> str | None:
         """Why no further trial may start; None when one may. The number of trials is the planner's business."""
-        typical = self._typical_seconds()
-        going = sum(max(self._elapsed(name), typical) for name in self.running)
-        after = self._priced((sum(self.seconds.values()) + going + typical) / 3600, self.hours + typical / 3600)
+        with self._lock:
+            typical = self._typical_seconds()
+            going = sum(max(self._elapsed(name), typical) for name in self.running)
+            held = sum(self.seconds.values()) + going
+        after = self._priced((held + typical) / 3600, self.hours + typical / 3600)
         return _excess(self.limits, after)
 
     def _typical_seconds(self) -> float:

@@ -1,5 +1,8 @@
 """The account of a sweep."""
 
+import sys
+import threading
+
 import pytest
 
 from crate_ray.config.sweep import BudgetConfig, TrialResources
@@ -53,3 +56,31 @@ def test_a_trial_that_goes_on_is_not_counted_twice() -> None:
     account.ended(row("a", 3700))
     assert account.spent()["trials"] == 1
     assert account.spent()["trial_hours"] == pytest.approx(3700 / 3600)
+
+
+def test_what_was_used_is_read_while_another_thread_starts_and_ends_trials() -> None:
+    account, over = budget(), threading.Event()
+    account.take_in([row(f"old-{number}", 1.0) for number in range(50)])
+    failed: list[Exception] = []
+
+    def read() -> None:
+        while not over.is_set():
+            try:
+                account.spent()
+            except Exception as error:  # noqa: BLE001  a thread's error fails no test by itself
+                failed.append(error)
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=read)
+    try:
+        reader.start()
+        for number in range(2000):
+            account.started(row(f"new-{number % 40}"))
+            account.ended(row(f"new-{number % 40}"))
+    finally:
+        over.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert not failed
