@@ -63,8 +63,8 @@ class LiveForecast:
         left = 0.0
         for name, stage in self._forecast.stages.items():
             left += stage.wall_seconds.expected * max(1 - self._over[name] / stage.trials, 0.0)
-        going = sum(time.monotonic() - since for since in self._since.values()) / self._forecast.concurrency
-        return max(left * (1 + (self._error.relative or 0.0)) - going, 0.0)
+        going = sum(time.monotonic() - since for since in [*self._since.values()])  # a copy: Tune's thread adds and removes
+        return max(left * (1 + (self._error.relative or 0.0)) - going / self._forecast.concurrency, 0.0)
 
     def text(self) -> str:
         """What is left, and how far off the forecast was, in a few words."""
