@@ -200,12 +200,28 @@ class SweepConfig(Frozen):
                 "nothing varies and nothing is confirmed: give values under space or tune, or seeds under confirm; one run "
                 "alone is `crate-ray train`"
             )
+        self._check_seeds()
+        if self.budget.gpu_hours is not None and not self.resources_per_trial.gpus:
+            raise ConfigError(
+                f"budget.gpu_hours = {self.budget.gpu_hours:g} with resources_per_trial.gpus = 0: these trials use no GPU "
+                "hours, so it would never end the sweep; limit budget.hours, or give the trials gpus"
+            )
         is_population = self.scheduler.type == "pbt" and self.search.method == "random"
         if self.search.method != "grid" and self.budget.trials is None and not is_population:
             raise ValueError(
                 f"search.method = {self.search.method} draws points without end: give budget.trials, how many over all arms"
             )
         return self
+
+    def _check_seeds(self) -> None:
+        """The best are chosen by how they did with the screening's seed: to count that run again would favour them."""
+        confirm, seed = self.confirm, self.screen.seed
+        if confirm is not None and confirm.first_seed <= seed < confirm.first_seed + confirm.seeds:
+            raise ConfigError(
+                f"screen.seed = {seed} is one of the seeds that confirm, {confirm.first_seed} to "
+                f"{confirm.first_seed + confirm.seeds - 1}, and those must be fresh; set confirm.first_seed to "
+                f"{seed + 1} or more"
+            )
 
     def _check_keys(self) -> None:
         for where, keys in self._named_keys().items():

@@ -126,6 +126,8 @@ def test_null_takes_an_entry_out_of_the_space(path: str) -> None:
         ("scale.num_workers=2", "set.scale.num_workers: follows from the sweep; set resources_per_trial.num_workers"),
         ("train.seed=2", "set screen.seed and confirm.first_seed instead"),
         ("confirm.seeds=3", "confirm.seeds = 3"),
+        ("confirm={first_seed: 0}", "screen.seed = 0 is one of the seeds that confirm, 0 to 4, and those must be fresh"),
+        ("budget.gpu_hours=2", "these trials use no GPU hours, so it would never end the sweep; limit budget.hours"),
         ("match={quantity: params_m, to: mea, over: {model.width: {grid: [8]}}}", "match.to = 'mea' is no arm"),
         ("match={quantity: params_m, to: mae, over: {data.crop_scale: {uniform: [1, 2]}}}", "the solver tries every value"),
         ("budget", "expected key=value"),
