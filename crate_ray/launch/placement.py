@@ -46,6 +46,8 @@ def _free(is_meant: Callable[[Any], bool]) -> list[str]:
 
 
 def _groups_of_this_job() -> Iterator[Any]:
+    if not ray.is_initialized():  # the question would start a cluster; this job's groups went with its connection
+        return
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     for line in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(line)
