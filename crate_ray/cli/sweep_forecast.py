@@ -23,7 +23,7 @@ from crate_ray.space.forecast import Forecast, Forecaster, LiveError, Measured, 
 from crate_ray.space.planned import PlannedSweep
 
 FILE = "forecast.json"
-WAIT_S = 45.0  # for the timing of steps, less than a lease lasts; then the sweep starts without a forecast
+WAIT_S = 45.0  # for the timing of steps, less than a lease lasts; then the sweep starts, and the forecast comes when it can
 STEPS_S = 2.0  # of the steps of each run that is timed
 
 
@@ -81,7 +81,9 @@ def error_text(relative: float) -> str:
     return f"{abs(relative):.0%} {'longer' if relative >= 0 else 'less'} than forecast"
 
 
-def live_forecast(sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, num_samples: int) -> LiveForecast | None:
+def live_forecast(
+    sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, num_samples: int, *, wait: bool = True
+) -> LiveForecast | None:
     """The forecast of a sweep on the cluster that this process is connected to; None, with a line why, where there is none.
 
     Args:
@@ -89,12 +91,16 @@ def live_forecast(sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, 
         folder: Its folder.
         planned: Its runs.
         num_samples: Images of the training data.
+        wait: Time the runs where that was not done before; otherwise only what is there by now is taken.
     """
     from crate_ray.launch.cluster import capacity, trial_room
 
+    measured: Mapping[str, Sequence[Measured]] | None = _read(folder, planned)
+    if measured is None and not wait:
+        return None
     room = trial_room(sweep.resources_per_trial, capacity())
     concurrency = min(room, sweep.max_concurrent or room)
-    measured = _read(folder, planned) or _measure(sweep, folder, planned, concurrency)
+    measured = measured or _measure(sweep, folder, planned, concurrency)
     if measured is None:
         return None
     forecaster = Forecaster(sweep, measured)
@@ -116,7 +122,7 @@ def _read(folder: RunFolder, planned: PlannedSweep) -> dict[str, list[Measured]]
 def _measure(
     sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, concurrency: int
 ) -> Mapping[str, Sequence[Measured]] | None:
-    """Times the runs in a thread, which may outlive the wait: what it finds is there for the next session."""
+    """Times the runs in a thread, which may outlive the wait: what it finds late is there for who looks again."""
     from crate_ray.launch.measure import measure
 
     found: dict[str, Sequence[Measured]] = {}
@@ -136,6 +142,10 @@ def _measure(
     thread.join(WAIT_S)
     if found and not thread.is_alive():
         return found
-    why = problems[0] if problems else f"timing training steps took longer than {WAIT_S:.0f} s"
-    errors.print(f"[yellow]no forecast: {escape(why)}[/yellow]", soft_wrap=True)
+    if problems:
+        errors.print(f"[yellow]no forecast: {escape(problems[0])}[/yellow]", soft_wrap=True)
+    else:
+        errors.print(
+            f"[dim]timing takes longer than {WAIT_S:.0f} s: trials start, the forecast comes later[/dim]", soft_wrap=True
+        )
     return None

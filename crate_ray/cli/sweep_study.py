@@ -15,7 +15,7 @@ from crate_ray.cli.sweep_screen import SweepScreen
 from crate_ray.config import SweepConfig
 from crate_ray.runs import RunFolder, TrialRow, list_trials
 from crate_ray.space import arm_config, arms, make_plan
-from crate_ray.space.planned import planned_sweep
+from crate_ray.space.planned import PlannedSweep, planned_sweep
 
 if TYPE_CHECKING:
     from crate_ray.launch.sweep import SweepOutcome
@@ -36,7 +36,8 @@ class SweepStudy:
         self._folder: RunFolder | None = None
         self._refused: dict[str, int] = {}
         self._forecast: LiveForecast | None = None
-        self._num_planned: int | None = None
+        self._planned: PlannedSweep | None = None
+        self._num_samples = 0
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +63,9 @@ class SweepStudy:
         """
         from crate_ray.analysis.sweep_report import write_report
 
-        if self._num_planned is not None:
-            found: dict[str, Any] = {"planned": self._num_planned, "refused": self._refused}
+        if self._planned is not None:
+            self._look_for_forecast()
+            found: dict[str, Any] = {"planned": len(self._planned.screen), "refused": self._refused}
             found |= {"forecast": self._forecast.as_dict()} if self._forecast is not None else {}
             folder.write_json("results.json", {**(folder.read_json("results.json") or {}), **found})
         written = write_report(folder.uri)
@@ -90,6 +92,7 @@ class SweepStudy:
 
     def notes(self, *parts: str) -> None:
         """See SweepEvents."""
+        self._look_for_forecast()
         used = [f"used {part}" for part in parts]
         self._screen.notes(*([self._forecast.text()] if self._forecast is not None else []), *used)
 
@@ -110,18 +113,29 @@ class SweepStudy:
 
     def _started(self, folder: RunFolder) -> None:
         """The folder is taken and the cluster is there: says what is done already, opens the mirror, forecasts the rest."""
-        samples = num_samples(self._sweep)
+        samples = self._num_samples = num_samples(self._sweep)
         plan = make_plan(self._sweep, samples)
-        planned = planned_sweep(self._sweep, plan, samples)
-        self._refused, self._num_planned = dict(plan.refused), len(planned.screen)
+        planned = self._planned = planned_sweep(self._sweep, plan, samples)
+        self._refused = dict(plan.refused)
         rows = [row for row in list_trials(folder.uri) if row.is_over]
         if rows:
             screened = sum(row.stage == "screen" for row in rows)
             confirmed = f", and {len(rows) - screened} of {planned.num_confirm} to confirm" if len(rows) > screened else ""
-            errors.print(f"resuming: {screened} of {self._num_planned} trials are done{confirmed}", soft_wrap=True)
+            errors.print(f"resuming: {screened} of {len(planned.screen)} trials are done{confirmed}", soft_wrap=True)
         self._follow(folder, rows)
-        self._screen.known(rows, total=self._num_planned, refused=plan.refused.total())
+        self._screen.known(rows, total=len(planned.screen), refused=plan.refused.total())
         self._forecast = live_forecast(self._sweep, folder, planned, samples)
+        self._take_in(rows)
+
+    def _look_for_forecast(self) -> None:
+        """Timing that took longer than the sweep waited for it may be done by now."""
+        if self._forecast is None and self._planned is not None and self._folder is not None:
+            self._forecast = live_forecast(self._sweep, self._folder, self._planned, self._num_samples, wait=False)
+            if self._forecast is not None:
+                self._take_in([row for row in list_trials(self._folder.uri) if row.is_over])
+
+    def _take_in(self, rows: list[TrialRow]) -> None:
+        """Trials that ended before there was a forecast."""
         if self._forecast is not None:
             for row in rows:
                 self._forecast.ended(row)
