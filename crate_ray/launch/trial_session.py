@@ -13,7 +13,7 @@ from json import dumps, loads
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, RunConfig, SweepConfig, apply_override
+from crate_ray.config import ConfigError, RunConfig, SchedulerConfig, SweepConfig, apply_override
 from crate_ray.data import load_source
 from crate_ray.launch.generations import Generation, Pointer, clone, newest_generation, point_to
 from crate_ray.launch.rungs import Leg, branch_off, is_cooled, legs_of
@@ -65,13 +65,18 @@ class TrialSpec:
         """Whether the sweep is."""
         return self.stop_file is not None and storage.exists(self.stop_file)
 
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """Who judges the trial: nobody where it confirms, so such a run is one leg to its end."""
+        return self.sweep.scheduler if self.point["stage"] == "screen" else SchedulerConfig()
+
     def config(self, changes: Mapping[str, Any]) -> RunConfig:
         """The run of a generation, with the checkpoints that its scheduler needs."""
         values = self.run.model_dump(mode="json")
         for key, value in changes.items():
             apply_override(values, f"{key}={dumps(value)}")
         every = self.sweep.report_every_steps
-        if self.sweep.scheduler.type in _CLONING:
+        if self.scheduler.type in _CLONING:
             values["checkpoint"]["every_steps"] = every
         return RunConfig.parse(values)
 
@@ -107,7 +112,7 @@ class TrialSession:
         generation = self._find_generation(pointer)
         config = spec.config(generation.set)
         num_samples = load_source(config.data.source).num_samples
-        legs = legs_of(config, generation.folder, spec.sweep.scheduler, num_samples=num_samples)
+        legs = legs_of(config, generation.folder, spec.scheduler, num_samples=num_samples)
         self._row = replace(
             self._row,
             values={**self._row.values, **generation.set},
@@ -130,7 +135,7 @@ class TrialSession:
         reports = []
         while len(self._legs) > 1 and is_finished(self._legs[0].folder):
             reports.append(self._end_of_leg())
-        leg, scheduler = self._legs[0], self._spec.sweep.scheduler
+        leg, scheduler = self._legs[0], self._spec.scheduler
         if not is_cooled(leg.config, scheduler):
             evaluated = [r for r in read_records(leg.folder) if any(key.startswith("eval/") for key in r.values)]
             reports += [Report(r.step, r.values) for r in evaluated if r.step < leg.total_steps]
@@ -210,7 +215,7 @@ class TrialSession:
             branch_off(self._before, leg)
         self._is_open = True
         self._write(state="RUNNING", reason=None)
-        reports_from = leg.total_steps if is_cooled(leg.config, spec.sweep.scheduler) else self._after_step
+        reports_from = leg.total_steps if is_cooled(leg.config, spec.scheduler) else self._after_step
         steps = {"after_step": reports_from, "total_steps": leg.total_steps}
         return Attempt(config, folder, lease, is_stopping=spec.is_stopping, **steps)
 
