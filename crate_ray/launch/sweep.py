@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from crate_ray import storage
-from crate_ray.config import SweepConfig
+from crate_ray.config import ConfigError, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
 from crate_ray.launch.budget import Budget
@@ -275,7 +275,10 @@ class _Run:
 
     def _confirm(self) -> str | None:
 
-        points = confirm_points(self.sweep, self._write_results(), self.num_samples)
+        try:
+            points = confirm_points(self.sweep, self._write_results(), self.num_samples)
+        except ConfigError as error:  # an arm of which no trial finished: the sweep has an end all the same, and a report
+            return str(error)
         over = [row for row in list_trials(self.folder.uri) if row.is_over and row.stage == "confirm"]
         return self._fit("confirm", ListedPoints(points), over, total=len(points))
 
@@ -311,7 +314,7 @@ class _Run:
             raise
         search.abandon(_signal_name(self.signals) if self.is_stopping.is_set() else "the sweep ended")
         self._free_groups()
-        self.cut_short = search.cut_short
+        self.cut_short = self.cut_short or search.cut_short  # a screening cut short stays so
         self._write_results()
         return reason
 
@@ -349,7 +352,10 @@ class _Run:
         self._room = self._find_room()
         self._free_groups()
         spent = self.budget.spent()
-        self.folder.write_json("spent.json", spent)
+        try:
+            self.folder.write_json("spent.json", spent)
+        except OSError as error:  # a store that refuses for a moment must not end a sweep; the next look writes it again
+            log.warning("what the sweep has used was not written: %s", error)
         self.events.notes(*_notes(self.sweep, spent))
 
     def _find_room(self) -> int:
