@@ -1,5 +1,6 @@
 """A trial and its folder, without a cluster: what is trained, what is only reported again, and what is left behind."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_a_trial_reports_every_evaluation_and_its_end_with_the_final_numbers(mak
     ]
     folder = RunFolder(trial["folder"])
     plain = RunFolder(str(tmp_path / "plain"))
-    run_training(RunConfig.parse(trial["run"]), plain, LocalContext())
+    run_training(RunConfig.parse(json.loads(trial["run"])), plain, LocalContext())
     assert_same_weights(weights(folder), weights(plain))
     row, status = read_trial(folder), read_status(folder)
     assert row is not None
@@ -121,7 +122,7 @@ def test_a_half_done_trial_repeats_its_reports_then_goes_on_from_its_checkpoint(
     assert reported(results)[:2] == reported(before)
     assert [r.attempt for r in read_records(folder) if "train/loss" in r.values] == [1] * 6 + [2] * 6
     plain = RunFolder(str(tmp_path / "plain"))
-    run_training(RunConfig.parse(trial["run"]), plain, LocalContext())
+    run_training(RunConfig.parse(json.loads(trial["run"])), plain, LocalContext())
     assert_same_weights(weights(folder), weights(plain))
 
 
@@ -159,7 +160,8 @@ def test_a_loss_that_is_no_number_makes_a_trial_infeasible_for_good(make_trial: 
 
 def test_what_the_user_can_correct_is_a_failed_result_with_the_message(make_trial: MakeTrial, tmp_path: Path) -> None:
     trial = make_trial()
-    trial["run"]["data"]["eval"] = str(tmp_path / "nothing")
+    values = json.loads(trial["run"])
+    trial["run"] = json.dumps({**values, "data": {**values["data"], "eval": str(tmp_path / "nothing")}})
     session = session_of(trial)
     (result,) = results_of(session)
     assert (result["state"], result["done"]) == ("FAILED", True)
@@ -264,7 +266,8 @@ def test_under_asha_with_a_cooldown_each_rung_is_the_end_of_a_cooled_run(make_tr
     assert reported(results)[:1] == reported(before)
     for steps, result in zip((4, 8, 16), results, strict=True):  # each is the run of that length, made by itself
         plain = RunFolder(str(tmp_path / f"plain-{steps}"))
-        overrides = {**trial["run"], "train": {**trial["run"]["train"], "steps": steps}}
+        values = json.loads(trial["run"])
+        overrides = {**values, "train": {**values["train"], "steps": steps}}
         run_training(RunConfig.parse(overrides), plain, LocalContext())
         folder = RunFolder(trial["folder"] if steps == 16 else f"{trial['folder']}/rung_{steps:08d}")
         assert_same_weights(weights(folder), weights(plain))
