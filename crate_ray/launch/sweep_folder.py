@@ -8,7 +8,7 @@ from typing import Any
 
 from crate_ray import storage
 from crate_ray.config import SCHEMA_VERSION, ConfigError, SweepConfig, dump_sweep, flatten, read_yaml
-from crate_ray.runs import RunFolder
+from crate_ray.runs import RunFolder, list_trials
 from crate_ray.runs.create import run_meta
 from crate_ray.space.arms import arm_config, arms
 
@@ -31,6 +31,7 @@ def locate_sweep(sweep: SweepConfig) -> RunFolder:
     held = read_sweep(folder)
     if held is not None:
         _check_same(folder, identity(held), identity(sweep))
+        _check_confirmed(folder, held, sweep)
     return folder
 
 
@@ -63,6 +64,18 @@ def identity(sweep: SweepConfig) -> dict[str, Any]:
     values = {key: value for key, value in sweep.model_dump(mode="json").items() if key not in (*_MAY_CHANGE, "name")}
     values["set"] = {key: value for key, value in values["set"].items() if not key.startswith(_RUN_KEYS_THAT_MAY_CHANGE)}
     return flatten(values)
+
+
+def _check_confirmed(folder: RunFolder, held: SweepConfig, sweep: SweepConfig) -> None:
+    """Confirming runs of two kinds would count as seeds of one configuration."""
+    if held.confirm is None or sweep.confirm is None or held.confirm.set == sweep.confirm.set:
+        return
+    if any(row.stage == "confirm" for row in list_trials(folder.uri)):
+        raise ConfigError(
+            f"confirm.set is {sweep.confirm.set}, and sweep '{folder.name}' in {folder.uri} has confirming runs with "
+            f"{held.confirm.set}, which would be averaged with the new ones; set it back, or start a new sweep with "
+            "--set name=NEW"
+        )
 
 
 def _check_same(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
