@@ -12,6 +12,7 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.config import DataConfig, RunConfig, SweepConfig, digest, resume_parts
 from crate_ray.launch.schedulers import Entry, size_class
+from crate_ray.launch.sweep_folder import STOP_FILE
 from crate_ray.runs import RunFolder, TrialRow, loss_target
 from crate_ray.space.arms import point_config
 from crate_ray.space.check import scheduler_metric
@@ -105,6 +106,7 @@ class Roster:
             "parent_uid": self._parent_uid,
             "quantities": known,
             "set": {},
+            "stop_file": self._folder.path(STOP_FILE),
         }
         refusal = None if self._worker_bytes is None else memory_reason(config, device_bytes=self._worker_bytes)
         return Planned(point, folder, given, Entry(self._group(point, config, known["params_m"]), steps), row, refusal)

@@ -129,8 +129,16 @@ class PlannedSearch(Searcher):
         with self._lock:
             self._running[trial_id] = planned
             self._budget.started(planned.row)
-        self._watcher.trial_started(planned.row, planned.folder)
+        self._tell(self._watcher.trial_started, planned.row, planned.folder)
         return planned.config
+
+    @staticmethod
+    def _tell(event: Callable[..., None], *what: Any) -> None:
+        """Whoever watches never ends a sweep: an error in Tune's thread would."""
+        try:
+            event(*what)
+        except Exception:
+            log.exception("a trial was not shown")
 
     def _close(self) -> str:
         self.is_closed = True
@@ -154,7 +162,7 @@ class PlannedSearch(Searcher):
         row = replace(planned.row, state="INFEASIBLE", reason=reason)
         write_trial(planned.folder, row)
         self._points.tell_infeasible(planned.point, reason)
-        self._watcher.trial_ended(row)
+        self._tell(self._watcher.trial_ended, row)
 
     def entry_of(self, config: Mapping[str, Any]) -> Entry:
         """What the scheduler must know of a trial that this searcher has proposed."""
@@ -171,7 +179,7 @@ class PlannedSearch(Searcher):
             self._points.tell(planned.point, {**row.quantities, **row.objectives})
         else:
             self._points.tell_infeasible(planned.point, row.reason or row.state.lower())
-        self._watcher.trial_ended(row)
+        self._tell(self._watcher.trial_ended, row)
 
     def abandon(self, reason: str) -> None:
         """Writes down what the trials that were running when the sweep was stopped have become.
@@ -190,7 +198,7 @@ class PlannedSearch(Searcher):
                 write_trial(planned.folder, row)
             with self._lock:
                 self._budget.ended(row)
-            self._watcher.trial_ended(row)
+            self._tell(self._watcher.trial_ended, row)
 
     def save(self, checkpoint_path: str) -> None:
         """See Searcher: nothing that the folders do not hold."""

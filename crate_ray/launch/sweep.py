@@ -27,7 +27,7 @@ from crate_ray.launch.placement import free_orphaned_groups
 from crate_ray.launch.roster import Roster
 from crate_ray.launch.schedulers import size_bounds
 from crate_ray.launch.searcher import ListedPoints, PlannedSearch, Points
-from crate_ray.launch.sweep_folder import locate_sweep, read_sweep, write_sweep
+from crate_ray.launch.sweep_folder import STOP_FILE, locate_sweep, read_sweep, write_sweep
 from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals
 from crate_ray.runs import (
     Lease,
@@ -235,12 +235,12 @@ class _Run:
         rows = list_trials(self.folder.uri)
         self.budget.take_in(rows)
         _settle(self.folder, rows)
-        storage.delete(self.folder.path(SCRATCH))  # of a session that was killed
+        self._clear()  # what a session that was killed has left
         with _tune_environment():
             reason = self._screen(rows)
             if reason is None and not self.is_stopping.is_set() and self.sweep.confirm is not None:
                 reason = self._confirm()
-        storage.delete(self.folder.path(SCRATCH))
+        self._clear()
         rows = self._write_results()
         state, reason = self._end_state(rows, reason)
         return SweepOutcome(
@@ -253,6 +253,10 @@ class _Run:
             spent=self.budget.spent(),
         )
 
+    def _clear(self) -> None:
+        for name in (SCRATCH, STOP_FILE):
+            storage.delete(self.folder.path(name))
+
     def _end_state(self, rows: list[TrialRow], reason: str | None) -> tuple[State, str | None]:
         if self.is_stopping.is_set():
             return "KILLED", reason or f"{_signal_name(self.signals)}; running trials wrote a checkpoint"
@@ -262,6 +266,9 @@ class _Run:
         missing = [name for name in arms(self.sweep) if name not in ended]
         if missing:
             return "FAILED", f"no trial of arm {', '.join(missing)} came to an end"
+        failed = [row.id for row in rows if row.stage == "confirm" and row.state == "FAILED"]
+        if failed:
+            return "FAILED", f"confirming runs failed: {', '.join(failed)}; the same command starts them again"
         return "FINISHED", None
 
     def _screen(self, rows: list[TrialRow]) -> str | None:
@@ -337,12 +344,19 @@ class _Run:
             self.on_poll()
             if self.signals.received is not None and deadline is None:
                 self.is_stopping.set()
+                self._write_stop_file()
                 deadline = time.monotonic() + self.grace_s + 2 * EXIT_GRACE_S
                 self.on_stop(self.signals.received)
             if deadline is not None and time.monotonic() > deadline:
                 experiment.abort()
                 return f"{_signal_name(self.signals)}; trials without a checkpoint in time go on from the one before"
         return experiment.end()
+
+    def _write_stop_file(self) -> None:
+        try:
+            self.folder.write_json(STOP_FILE, {"signal": _signal_name(self.signals)})
+        except OSError as error:  # then trials stop at their next report, or go on from their last checkpoint
+            log.warning("%s was not written: %s", STOP_FILE, error)
 
     def _look_around(self) -> None:
         """Now and then: what the cluster has, what the sweep has used, and what trials have left behind."""

@@ -12,6 +12,9 @@ from crate_ray.runs import RunFolder, list_trials
 from crate_ray.runs.create import run_meta
 from crate_ray.space.arms import arm_config, arms
 
+STOP_FILE = "stopping.json"
+"""There while a session of the sweep is stopping: what trials look for between two reports, where Tune cannot reach them."""
+
 _MAY_CHANGE = ("budget", "confirm", "resources_per_trial", "max_concurrent")
 _RUN_KEYS_THAT_MAY_CHANGE = ("storage.", "tracking.", "scale.", "checkpoint.")
 _UNSET = "unset"

@@ -1,4 +1,4 @@
-"""Trials that need more memory than a worker has: refused before they cost anything, written down and told to the planner."""
+"""What the searcher proposes: trials that fit into memory, in a form that they can read; the others are written down."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from crate_ray.launch.budget import Budget
 from crate_ray.launch.cluster import Capacity, worker_bytes
 from crate_ray.launch.roster import Roster
 from crate_ray.launch.searcher import PlannedSearch
+from crate_ray.launch.trial_session import TrialSpec
 from crate_ray.runs import RunFolder, TrialRow, list_trials
 from crate_ray.space import make_planner
 from crate_ray.space.point import Point
@@ -55,7 +56,8 @@ class Seen:
         self.ended.append(row)
 
 
-def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> None:
+def search_of(digits: Path, tmp_path: Path, seen: Seen, points: list[Told] | None = None) -> tuple[PlannedSearch, RunFolder]:
+    """The search of a sweep over two widths, the larger of which needs more than the 4 GiB that a worker has."""
     sweep = SweepConfig.parse(
         {
             "name": "sizes",
@@ -67,9 +69,11 @@ def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> 
     )
     num_samples = int(load_source(f"{digits}/train").num_samples)
     folder = RunFolder(str(tmp_path / "sizes"))
-    points, seen = Told(make_planner(sweep, num_samples, study_path=None)), Seen()
+    told = Told(make_planner(sweep, num_samples, study_path=None))
+    if points is not None:
+        points.append(told)
     search = PlannedSearch(
-        points,
+        told,
         over=[],
         roster=Roster(sweep, folder, num_samples=num_samples, parent_uid="0", worker_bytes=4 << 30),
         budget=Budget(sweep.budget, sweep.resources_per_trial),
@@ -77,6 +81,13 @@ def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> 
         is_stopping=lambda: False,
         watcher=seen,
     )
+    return search, folder
+
+
+def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> None:
+    told: list[Told] = []
+    seen = Seen()
+    search, folder = search_of(digits, tmp_path, seen, told)
 
     proposed = [search.suggest(name) for name in "abc"]
 
@@ -86,8 +97,8 @@ def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> 
     assert [row.state for row in rows] == ["INFEASIBLE"] * 2
     assert {row.values["model.width"] for row in rows} == {4096}
     assert {row.id for row in seen.ended} == {row.id for row in rows}
-    assert all(reason.startswith("needs about") and "a worker has 4.00 GiB" in reason for reason in points.refused)
-    assert len(points.refused) == 2
+    assert all(reason.startswith("needs about") and "a worker has 4.00 GiB" in reason for reason in told[0].refused)
+    assert len(told[0].refused) == 2
 
 
 @pytest.mark.parametrize(("cpus", "expected"), [(1.0, 8 << 30), (4.0, 32 << 30), (16.0, 64 << 30)])
@@ -99,3 +110,18 @@ def test_a_worker_has_its_part_of_the_largest_node(cpus: float, expected: int) -
 def test_without_a_node_or_a_gpu_the_memory_is_not_known() -> None:
     assert worker_bytes(TrialResources(), Capacity((), {})) is None
     assert worker_bytes(TrialResources(gpus=1), Capacity(({"CPU": 8.0, "memory": float(64 << 30)},), {})) is None
+
+
+def test_a_watcher_that_fails_ends_no_sweep(digits: Path, tmp_path: Path) -> None:
+    class Broken(Seen):
+        def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
+            raise OSError("the screen is gone")
+
+    search, folder = search_of(digits, tmp_path, Broken())
+    proposed = search.suggest("a")
+    assert isinstance(proposed, dict)
+    assert TrialSpec.parse(proposed).folder.startswith(folder.uri)
+    assert TrialSpec.parse(proposed).run.model.width == 64
+    assert not TrialSpec.parse(proposed).is_stopping()
+    folder.write_json("stopping.json", {})
+    assert TrialSpec.parse(proposed).is_stopping()
