@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from crate_ray.runs import Lease, RunFolder, read_records, read_status
 from crate_ray.runs.trials import read_trial
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
 from crate_ray.training.loop import LocalContext, TrainingDivergedError, run_training
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A trial has one CPU; what it is compared with, in this thread, must sum in the same order."""
+    held = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(held)
 
 
 @pytest.fixture
