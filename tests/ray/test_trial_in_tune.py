@@ -114,21 +114,25 @@ def test_one_actor_trains_one_trial_after_another_and_a_stop_leaves_a_checkpoint
     assert (Path(stopped.uri) / "checkpoints" / "step_00000003" / "manifest.json").exists()
 
 
-def remains() -> tuple[list[str], list[str]]:
+def held() -> tuple[set[str], set[str]]:
     """Placement groups that hold or await resources, and living actors but for the one of the cluster itself."""
     from ray.util.state import list_actors
 
-    groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
+    groups = {key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"}
     actors = list_actors(filters=[("state", "!=", "DEAD")], limit=1000)
-    return groups, [f"{actor.class_name} {actor.pid}" for actor in actors if actor.class_name != "_AutoscalingCoordinatorActor"]
+    return groups, {f"{actor.class_name} {actor.pid}" for actor in actors if actor.class_name != "_AutoscalingCoordinatorActor"}
 
 
-def wait_until_gone() -> tuple[list[str], list[str]]:
+def what_stays(before: tuple[set[str], set[str]]) -> tuple[set[str], set[str]]:
+    """What was not there before (tests share a cluster, and Ray Data's two bookkeeping actors live as long as it) and is
+    still there after `GONE_S`."""
     deadline = time.monotonic() + GONE_S
-    while any(found := remains()) and time.monotonic() < deadline:
+    while True:
+        groups, actors = (now - then for now, then in zip(held(), before, strict=True))
+        if not (groups or actors) or time.monotonic() >= deadline:
+            return groups, actors
         free_orphaned_groups()
         time.sleep(0.5)
-    return found
 
 
 class Killer:
@@ -185,13 +189,14 @@ def test_trials_of_two_workers_leave_no_group_and_no_actor_however_they_end(
     long = ("train.steps=3000", "eval.every_steps=20", "checkpoint.every_steps=20")  # they end by a kill
     failing, killed = [trial(200 + seed, *long) for seed in range(each)], [trial(300 + seed, *long) for seed in range(each)]
     trials = [one for four in zip(finished, stopped, failing, killed, strict=True) for one in four]
+    before = held()
     began = time.monotonic()
     with Killer(actors=killed, workers=failing):
         run_tune(trials, tmp_path, cpus=0.01, at_a_time=3, stopped={100 + seed for seed in range(each)})
     seconds = time.monotonic() - began
-    groups, actors = wait_until_gone()
+    groups, actors = what_stays(before)
     print(f"{len(trials)} trials in {seconds:.1f} s; gone {time.monotonic() - began - seconds:.1f} s later")
-    assert (groups, actors) == ([], [])
+    assert (groups, actors) == (set(), set())
     assert {row_of(one).state for one in finished} == {"FINISHED"}
     assert {row_of(one).state for one in failing} == {"FAILED"}
     assert {row_of(one).step for one in stopped} == {3}
