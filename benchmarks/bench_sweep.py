@@ -157,7 +157,7 @@ class _Stopwatch:
 
 
 def _measured_sweep(sweep: SweepConfig) -> dict[str, Any]:
-    from crate_ray.launch.sweep import run_sweep
+    from crate_ray.launch.sweeps.driver import run_sweep
 
     logging.disable(logging.WARNING)
     watch, begin = _Stopwatch(), time.perf_counter()

@@ -10,7 +10,7 @@ from crate_ray.config import ConfigError, SweepConfig
 
 if TYPE_CHECKING:
     from crate_ray.analysis.sweep_findings import SweepFindings
-    from crate_ray.launch.sweep import SweepOutcome
+    from crate_ray.launch.sweeps.driver import SweepOutcome
 
 
 def sweep(

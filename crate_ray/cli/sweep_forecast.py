@@ -123,7 +123,7 @@ def _measure(
     sweep: SweepConfig, folder: RunFolder, planned: PlannedSweep, concurrency: int
 ) -> Mapping[str, Sequence[Measured]] | None:
     """Times the runs in a thread, which may outlive the wait: what it finds late is there for who looks again."""
-    from crate_ray.launch.measure import measure
+    from crate_ray.launch.sweeps.measure import measure
 
     found: dict[str, Sequence[Measured]] = {}
     problems: list[str] = []

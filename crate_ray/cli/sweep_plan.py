@@ -37,7 +37,7 @@ def plan(sweep: SweepConfig, *, measure: bool, as_json: bool) -> None:
     Raises:
         ConfigError: The sweep could not run.
     """
-    from crate_ray.launch.sweep_folder import locate_sweep
+    from crate_ray.launch.sweeps.folder import locate_sweep
 
     folder, samples = locate_sweep(sweep), num_samples(sweep)
     check_sweep(sweep, samples)
@@ -108,7 +108,7 @@ def _points(sweep: SweepConfig, found: Plan, planned: PlannedSweep) -> dict[str,
 
 
 def _forecast(sweep: SweepConfig, found: Plan, samples: int, concurrency: int) -> "Forecast":
-    from crate_ray.launch.measure import forecast_sweep
+    from crate_ray.launch.sweeps.measure import forecast_sweep
 
     errors.print("[dim]timing the smallest and the largest run of every arm ...[/dim]")
     _, forecast = forecast_sweep(sweep, found, num_samples=samples, concurrency=concurrency)

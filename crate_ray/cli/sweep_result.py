@@ -25,7 +25,7 @@ from crate_ray.runs import RunFolder, TrialRow, encode_number
 from crate_ray.space import Point, point_config
 
 if TYPE_CHECKING:
-    from crate_ray.launch.sweep import SweepOutcome
+    from crate_ray.launch.sweeps.driver import SweepOutcome
 
 SHOWN = 5  # trials of an arm; the report has all
 

@@ -68,7 +68,7 @@ class _Running:
 
     def _records(self) -> list[Record]:
         if self._is_cloning:
-            from crate_ray.launch.generations import newest_generation
+            from crate_ray.launch.sweeps.generations import newest_generation
 
             newest = newest_generation(self._folder).folder
             if newest.uri != self._run.uri:

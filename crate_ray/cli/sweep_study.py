@@ -18,7 +18,7 @@ from crate_ray.space import arm_config, arms, make_plan
 from crate_ray.space.planned import PlannedSweep, planned_sweep
 
 if TYPE_CHECKING:
-    from crate_ray.launch.sweep import SweepOutcome
+    from crate_ray.launch.sweeps.driver import SweepOutcome
 
 
 class SweepStudy:
@@ -47,7 +47,7 @@ class SweepStudy:
 
     def run(self) -> "SweepOutcome":
         """Runs the sweep to its end or to a stop."""
-        from crate_ray.launch.sweep import run_sweep
+        from crate_ray.launch.sweeps.driver import run_sweep
 
         with self._screen:
             outcome = run_sweep(self._sweep, events=self, on_start=self._started, on_stop=say_stopping)
@@ -152,7 +152,7 @@ class SweepStudy:
 
     def _mirror_end(self, trial: RunFolder) -> None:
         """Lets the mirror forget a trial; one of a population may have ended in a copy of another trial, a run of its own."""
-        from crate_ray.launch.generations import newest_generation
+        from crate_ray.launch.sweeps.generations import newest_generation
 
         self._tracking.release(trial)
         if self._sweep.scheduler.type == "pbt" and (newest := newest_generation(trial).folder).uri != trial.uri:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from crate_ray.config import SweepConfig
-from crate_ray.launch.sweep_folder import write_sweep
+from crate_ray.launch.sweeps.folder import write_sweep
 from crate_ray.runs import RunFolder
 
 MakeSweep = Callable[..., Path]
@@ -17,7 +17,7 @@ MakeSweep = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is refused before Ray starts."""
-    monkeypatch.setattr("crate_ray.launch.sweep.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("crate_ray.launch.sweeps.driver.connect", lambda: pytest.fail("Ray was started"))
 
 
 @pytest.fixture

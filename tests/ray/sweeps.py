@@ -9,7 +9,7 @@ import yaml
 from conftest import TINY
 
 from crate_ray.config import SweepConfig
-from crate_ray.launch.sweep import SweepOutcome, run_sweep
+from crate_ray.launch.sweeps.driver import SweepOutcome, run_sweep
 from crate_ray.runs import RunFolder, TrialRow, list_trials, read_status
 
 MAE = {

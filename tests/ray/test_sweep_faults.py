@@ -17,7 +17,7 @@ from sweeps import attempts, run, write_sweep_file
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
-DRIVER = "import sys; from crate_ray.config import SweepConfig; from crate_ray.launch.sweep import run_sweep; "
+DRIVER = "import sys; from crate_ray.config import SweepConfig; from crate_ray.launch.sweeps.driver import run_sweep; "
 DRIVER += "outcome = run_sweep(SweepConfig.load(sys.argv[1])); print(outcome.state, outcome.signal)"
 ASHA = {"type": "asha", "grace_steps": 20, "reduction_factor": 2}
 

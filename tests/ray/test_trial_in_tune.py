@@ -18,7 +18,7 @@ from trials import trial_of
 
 from crate_ray.config import RunConfig
 from crate_ray.launch.placement import free_orphaned_groups
-from crate_ray.launch.trial import SweepTrial
+from crate_ray.launch.sweeps.trial import SweepTrial
 from crate_ray.runs import RunFolder, read_status
 from crate_ray.runs.trials import TrialRow, read_trial
 

@@ -13,10 +13,10 @@ import torch
 from trials import MakeTrial, trial_of
 
 from crate_ray.config import RunConfig
-from crate_ray.launch.generations import Pointer
-from crate_ray.launch.trial import mark_stopped
-from crate_ray.launch.trial_attempt import infeasible_reason
-from crate_ray.launch.trial_session import TrialSession, TrialSpec
+from crate_ray.launch.sweeps.generations import Pointer
+from crate_ray.launch.sweeps.trial import mark_stopped
+from crate_ray.launch.sweeps.trial_attempt import infeasible_reason
+from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import Lease, RunFolder, read_records, read_status
 from crate_ray.runs.trials import read_trial
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
@@ -181,7 +181,7 @@ def test_what_the_user_can_correct_is_a_failed_result_with_the_message(make_tria
 def test_a_trial_that_is_not_asked_for_its_next_report_gives_its_folder_back_and_goes_on_later(
     make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crate_ray.launch.trial_attempt.IDLE_S", 0.2)
+    monkeypatch.setattr("crate_ray.launch.sweeps.trial_attempt.IDLE_S", 0.2)
     trial = make_trial()
     idle = session_of(trial)
     results_of(idle, 1)
@@ -317,7 +317,7 @@ def test_an_allocation_that_fails_makes_a_trial_infeasible_and_other_errors_do_n
 def test_a_sweep_that_is_stopping_interrupts_a_trial_between_two_reports_with_a_checkpoint(
     make_trial: MakeTrial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crate_ray.launch.trial_attempt.LOOK_S", 0.05)
+    monkeypatch.setattr("crate_ray.launch.sweeps.trial_attempt.LOOK_S", 0.05)
     stop_file = tmp_path / "stop.json"
     long = ("train.steps=100000", "eval.every_steps=50000", "checkpoint.every_steps=50000")
     trial = make_trial(*long, stop_file=str(stop_file))

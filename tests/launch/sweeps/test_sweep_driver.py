@@ -6,7 +6,7 @@ import pytest
 
 from crate_ray.config import SweepConfig
 from crate_ray.launch.cluster import Capacity
-from crate_ray.launch.sweep import Silent, _Run
+from crate_ray.launch.sweeps.driver import Silent, _Run
 from crate_ray.launch.train import StopSignals
 from crate_ray.runs import Lease, RunFolder, TrialRow
 from crate_ray.runs.trials import write_trial
@@ -24,7 +24,7 @@ SWEEP = {
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Run:
-    monkeypatch.setattr("crate_ray.launch.sweep.capacity", lambda: Capacity(({"CPU": 1.0},), {}))
+    monkeypatch.setattr("crate_ray.launch.sweeps.driver.capacity", lambda: Capacity(({"CPU": 1.0},), {}))
     folder = RunFolder(str(tmp_path / "tested"))
     sweep = SweepConfig.parse(SWEEP)
     lease = Lease.take(folder)

@@ -9,11 +9,11 @@ import pytest
 from crate_ray.config import SweepConfig
 from crate_ray.config.sweep import TrialResources
 from crate_ray.data import load_source
-from crate_ray.launch.budget import Budget
 from crate_ray.launch.cluster import Capacity, worker_bytes
-from crate_ray.launch.roster import Roster
-from crate_ray.launch.searcher import PlannedSearch
-from crate_ray.launch.trial_session import TrialSpec
+from crate_ray.launch.sweeps.budget import Budget
+from crate_ray.launch.sweeps.roster import Roster
+from crate_ray.launch.sweeps.searcher import PlannedSearch
+from crate_ray.launch.sweeps.trial_session import TrialSpec
 from crate_ray.runs import RunFolder, TrialRow, list_trials
 from crate_ray.space import make_planner
 from crate_ray.space.point import Point

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import ConfigError, SweepConfig
-from crate_ray.launch.sweep_folder import locate_sweep, write_sweep
+from crate_ray.launch.sweeps.folder import locate_sweep, write_sweep
 from crate_ray.runs import RunFolder, TrialRow
 from crate_ray.runs.trials import write_trial
 

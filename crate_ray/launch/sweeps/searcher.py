@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
-from crate_ray.launch.budget import Budget
-from crate_ray.launch.roster import Planned, Roster
-from crate_ray.launch.schedulers import Entry
-from crate_ray.launch.trial import mark_stopped
+from crate_ray.launch.sweeps.budget import Budget
+from crate_ray.launch.sweeps.roster import Planned, Roster
+from crate_ray.launch.sweeps.schedulers import Entry
+from crate_ray.launch.sweeps.trial import mark_stopped
 from crate_ray.runs import RunFolder, TrialRow, read_trial, write_trial
 from crate_ray.space.point import Point
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ray import tune
 
-from crate_ray.launch.generations import Pointer
-from crate_ray.launch.trial_session import TrialSession, TrialSpec
+from crate_ray.launch.sweeps.generations import Pointer
+from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import RunFolder
 from crate_ray.runs.trials import read_trial, write_trial
 

@@ -3,8 +3,8 @@
 import pytest
 
 from crate_ray.config import RunConfig, SweepConfig
-from crate_ray.launch.rungs import legs_of
-from crate_ray.launch.trial_session import TrialSpec
+from crate_ray.launch.sweeps.rungs import legs_of
+from crate_ray.launch.sweeps.trial_session import TrialSpec
 from crate_ray.runs import RunFolder
 
 

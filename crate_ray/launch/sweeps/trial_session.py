@@ -15,9 +15,9 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, SchedulerConfig, SweepConfig, apply_override
 from crate_ray.data import load_source
-from crate_ray.launch.generations import Generation, Pointer, clone, newest_generation, point_to
-from crate_ray.launch.rungs import Leg, branch_off, is_cooled, legs_of
-from crate_ray.launch.trial_attempt import IDLE_S, Attempt, Ended, Placed, Report
+from crate_ray.launch.sweeps.generations import Generation, Pointer, clone, newest_generation, point_to
+from crate_ray.launch.sweeps.rungs import Leg, branch_off, is_cooled, legs_of
+from crate_ray.launch.sweeps.trial_attempt import IDLE_S, Attempt, Ended, Placed, Report
 from crate_ray.runs import LEASE_SECONDS, Lease, LeaseLostError, RunFolder, is_finished, read_records
 from crate_ray.runs.trials import TrialRow, TrialState, loss_target, objective_values, read_trial, write_trial
 from crate_ray.training.prepare import prepare_run

@@ -13,9 +13,9 @@ from crate_ray import storage
 from crate_ray.config import SweepConfig
 from crate_ray.config.sweep import SchedulerConfig, TrialResources
 from crate_ray.launch.cluster import trial_need
-from crate_ray.launch.schedulers import GroupedScheduler
-from crate_ray.launch.searcher import PlannedSearch
-from crate_ray.launch.trial import SweepTrial
+from crate_ray.launch.sweeps.schedulers import GroupedScheduler
+from crate_ray.launch.sweeps.searcher import PlannedSearch
+from crate_ray.launch.sweeps.trial import SweepTrial
 from crate_ray.runs import RunFolder
 from crate_ray.space.check import scheduler_metric
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from crate_ray import storage
 from crate_ray.config import DataConfig, RunConfig, SweepConfig, digest, resume_parts
-from crate_ray.launch.schedulers import Entry, size_class
-from crate_ray.launch.sweep_folder import STOP_FILE
+from crate_ray.launch.sweeps.folder import STOP_FILE
+from crate_ray.launch.sweeps.schedulers import Entry, size_class
 from crate_ray.runs import RunFolder, TrialRow, loss_target
 from crate_ray.space.arms import point_config
 from crate_ray.space.check import scheduler_metric

@@ -20,14 +20,14 @@ from crate_ray import storage
 from crate_ray.config import ConfigError, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
-from crate_ray.launch.budget import Budget
 from crate_ray.launch.cluster import capacity, check_population_fits, check_trial_fits, connect, trial_room, worker_bytes
-from crate_ray.launch.experiment import SCRATCH, Experiment
 from crate_ray.launch.placement import free_orphaned_groups
-from crate_ray.launch.roster import Roster
-from crate_ray.launch.schedulers import size_bounds
-from crate_ray.launch.searcher import ListedPoints, PlannedSearch, Points
-from crate_ray.launch.sweep_folder import STOP_FILE, locate_sweep, read_sweep, write_sweep
+from crate_ray.launch.sweeps.budget import Budget
+from crate_ray.launch.sweeps.experiment import SCRATCH, Experiment
+from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, read_sweep, write_sweep
+from crate_ray.launch.sweeps.roster import Roster
+from crate_ray.launch.sweeps.schedulers import size_bounds
+from crate_ray.launch.sweeps.searcher import ListedPoints, PlannedSearch, Points
 from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals
 from crate_ray.runs import (
     Lease,

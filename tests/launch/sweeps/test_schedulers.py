@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from crate_ray.config import Domain
 from crate_ray.config.sweep import SchedulerConfig
-from crate_ray.launch.schedulers import Entry, GroupedScheduler, perturbed, size_bounds, size_class
+from crate_ray.launch.sweeps.schedulers import Entry, GroupedScheduler, perturbed, size_bounds, size_class
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from crate_ray.config.sweep import BudgetConfig, TrialResources
-from crate_ray.launch.budget import Budget
+from crate_ray.launch.sweeps.budget import Budget
 from crate_ray.runs import TrialRow
 
 
