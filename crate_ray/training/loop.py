@@ -6,7 +6,6 @@ folder; the return value only says how it ended. The loop knows neither ray nor 
 
 import dataclasses
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
-from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep
+from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep, Votes
 from crate_ray.training.throughput import LoaderWatch, Throughput, longest_wait, peak_memory_gib
 from crate_ray.training.whitebox import WhiteboxMonitor
 
@@ -208,8 +207,8 @@ class Trainer:
             with self.throughput.waiting():
                 batch = next(self.reader)
             lr = self._learning_rate()
-            stop, save, replaced = self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples
-            pending = self.train_step(batch, lr=lr, stop=stop, save=save, replaced=replaced)
+            votes = Votes(self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples)
+            pending = self.train_step(batch, lr=lr, votes=votes)
             self.step += 1
             self._settle(pending)
             self.train_seconds += self.throughput.step_done()
@@ -266,7 +265,7 @@ class Trainer:
     def _read_outcomes(self, *, lag: int) -> None:
         while len(self._pending) > lag:
             outcome = self._pending.popleft().read()
-            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            if not outcome.is_finite:
                 raise TrainingDivergedError(
                     f"loss {outcome.loss} and gradient norm {outcome.grad_norm} at step "
                     f"{self.step - len(self._pending)}; the last checkpoint is from before it. "

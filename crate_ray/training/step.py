@@ -9,6 +9,7 @@ Shapes: B global batch, M rows of this worker, C x H x W image.
 """
 
 import inspect
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,14 +34,37 @@ _BUFFERS_STAY: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 
 @dataclass(frozen=True)
+class Votes:
+    """What a rank tells the others; it travels with the loss, in the all-reduce that the loss makes anyway."""
+
+    stop: bool = False
+    """To write a checkpoint and return."""
+    save: bool = False
+    """To write a checkpoint."""
+    replaced: int = 0
+    """Samples that this rank had to replace so far."""
+    written: int = 0
+    """Checkpoint parts that this rank has finished writing in this attempt."""
+
+
+@dataclass(frozen=True)
 class StepOutcome:
-    """Loss of the global batch, norm of its gradient, whether any rank voted to stop or to save, samples replaced by all."""
+    """Loss of the global batch, norm of its gradient, and the votes of all ranks: whether any says so, and sums."""
 
     loss: float
     grad_norm: float
     stop: bool
     save: bool
     replaced: int
+    written: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers; every rank sees the same two."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+_NO_VOTES = Votes()
 
 
 class TrainStep:
@@ -86,32 +110,41 @@ class TrainStep:
                 self._objective, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY
             )
 
-    def __call__(
-        self, batch: Batch, *, lr: float, stop: bool = False, save: bool = False, replaced: int = 0
-    ) -> "PendingOutcome":
+    def __call__(self, batch: Batch, *, lr: float, votes: Votes = _NO_VOTES) -> "PendingOutcome":
         """Runs one update.
 
         Args:
             batch: This worker's rows.
             lr: Learning rate of this update; a parameter group's `lr_scale` multiplies it.
-            stop: This rank's vote to stop; votes travel with the loss, in the same all-reduce.
-            save: This rank's vote to write a checkpoint.
-            replaced: Samples that this rank had to replace so far; summed over ranks on the same way.
+            votes: This rank's.
 
         Returns:
             The step's numbers, read later so that a GPU need not be waited for.
         """
         loss = self._backward(batch)
         grad_norm = self._clip()
+        shared = self._share(loss, votes)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        votes = torch.tensor([float(stop), float(save), float(replaced)]).to(self.device, non_blocking=True)
-        shared = torch.cat([(loss / self._world_size).view(1), votes])
+        self._update(torch.isfinite(shared[0]) & torch.isfinite(grad_norm))
+        return PendingOutcome(shared, grad_norm)
+
+    def _share(self, loss: torch.Tensor, votes: Votes) -> torch.Tensor:
+        """Loss of the global batch and sums of the votes, the same on every rank."""
+        counts = [float(votes.stop), float(votes.save), float(votes.replaced), float(votes.written)]
+        shared = torch.cat([(loss / self._world_size).view(1), torch.tensor(counts).to(self.device, non_blocking=True)])
         if self._world_size > 1:
             dist.all_reduce(shared)
-        return PendingOutcome(shared, grad_norm)
+        return shared
+
+    def _update(self, is_finite: torch.Tensor) -> None:
+        """Steps the optimizer and drops the gradients.
+
+        Args:
+            is_finite: On the device, so that nobody waits for it: whether loss and gradient are numbers, on every rank alike.
+        """
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         targets_M = self._objective.targets(batch)
@@ -161,5 +194,5 @@ class PendingOutcome:
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
-        loss, stops, saves, replaced = self._shared.tolist()
-        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0, round(replaced))
+        loss, stops, saves, replaced, written = self._shared.tolist()
+        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0, round(replaced), round(written))

@@ -1,6 +1,7 @@
 """One step over padded and split rows has the gradient of the plain mean loss over the global batch."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from crate_ray.config import RunConfig
 from crate_ray.data import Batch
 from crate_ray.models import MaskedAutoencoder, create_model
 from crate_ray.training.objective import Normalise
-from crate_ray.training.step import TrainStep
+from crate_ray.training.step import TrainStep, Votes
 
 ROWS, PADDED = 6, 8
 LoadTiny = Callable[..., RunConfig]
@@ -98,9 +99,9 @@ def test_votes_to_stop_and_to_save_come_back_with_the_loss(load_tiny: LoadTiny) 
     config = load_tiny(f"train.global_batch={ROWS}")
     model = build(config)
     step = TrainStep(model, torch.optim.SGD(model.parameters()), config, precision="float32", world_size=1)
-    for stop, save in ((False, False), (True, False), (False, True)):
-        outcome = step(draw_batch(), lr=0.0, stop=stop, save=save).read()
-        assert (outcome.stop, outcome.save) == (stop, save)
+    for votes in (Votes(), Votes(stop=True), Votes(save=True), Votes(replaced=3), Votes(written=2)):
+        outcome = step(draw_batch(), lr=0.0, votes=votes).read()
+        assert (outcome.stop, outcome.save, outcome.replaced, outcome.written) == astuple(votes)
 
 
 @RECIPES
