@@ -1,4 +1,4 @@
-"""A web server on this machine whose faults are chosen: over files of its own, or in front of an S3 server."""
+"""A web server on this machine whose faults are chosen: over files of its own, or in front of a real server of another kind."""
 
 import http.client
 import re
@@ -38,7 +38,7 @@ class FaultServer:
 
     Kinds: a status such as "503"; "reset" closes without an answer; "cut" sends `number` bytes of the body that it announced;
     "short" does not announce and sends `number` bytes; "whole" ignores ranges; "slow" sends `number` bytes a second; "stall"
-    sends nothing after the headers until the server is closed.
+    sends nothing after the headers until the server is closed; "late" answers after `number` milliseconds.
     """
 
     def __init__(self, files: dict[str, bytes] | None = None, upstream: str | None = None) -> None:
@@ -109,6 +109,8 @@ class FaultServer:
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
             return
+        if kind == "late":
+            self.closing.wait((rule.number if rule else 0) / 1000)
         if kind.isdigit():
             answer = Answer(int(kind))
         else:
