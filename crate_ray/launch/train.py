@@ -9,7 +9,8 @@ down. Final numbers come from rank 0's records, never from what fit() returns.
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
@@ -72,21 +73,26 @@ def launch_training(
     storage.check_writable(config.storage.path)
     with StopSignals() as signals:
         lease = Lease.take(folder)
-        try:
+        with failure_written(lease):
             device_type = "cuda" if config.scale.use_gpu else "cpu"
             config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
             on_start(folder, config)
             state, reason = _run(config, folder, lease, signals, on_poll, on_stop)
-        except LeaseLostError:
-            raise
-        except BaseException as error:
-            lease.end(
-                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", f"driver: {type(error).__name__}: {error}"
-            )
-            raise
         lease.end(state, reason)
     on_poll()
     return RunOutcome(folder, config, state, reason, signal=signals.received)
+
+
+@contextmanager
+def failure_written(lease: Lease) -> Iterator[None]:
+    """Writes down what ends a driver, and gives its folder back; one whose lease was lost leaves it to the other."""
+    try:
+        yield
+    except LeaseLostError:
+        raise
+    except BaseException as error:
+        lease.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", f"driver: {type(error).__name__}: {error}")
+        raise
 
 
 def _run(
@@ -127,11 +133,10 @@ def _follow(
                 on_stop(signals.received)
         if deadline is not None and time.monotonic() > deadline:
             fit.abort()
-            name = signal.Signals(signals.received or signal.SIGTERM).name
-            return "KILLED", f"{name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
+            return "KILLED", f"{signals.name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
     state, reason = fit.end()
     if state == "KILLED":
-        cause = signal.Signals(signals.received).name if signals.received is not None else "the workers lost the driver"
+        cause = signals.name if signals.received is not None else "the workers lost the driver"
         reason = f"{cause}; a checkpoint was written"
     return state, reason
 
@@ -142,6 +147,11 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Of the signal, as `kill -l` spells it; SIGTERM while none has come."""
+        return signal.Signals(self.received or signal.SIGTERM).name
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

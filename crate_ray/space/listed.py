@@ -1,23 +1,31 @@
-"""The planner of grid and random search: all points are known from the start.
+"""The planner of points that are all known from the start: grid and random search, and the confirmation.
 
-In: a Plan. Out: its points, arms in turns. Nothing is learnt from results, so nothing needs a file: the same sweep plans the
-same list, and what earlier sessions ended is left out of it.
+In: the points in order. Out: one after the other. Nothing is learnt from results, so nothing needs a file: the same sweep plans
+the same list, and what earlier sessions ended is left out of it.
 """
 
 from collections.abc import Mapping, Sequence
 
-from crate_ray.space.plan import Plan
+from crate_ray.space.matching import Match
 from crate_ray.space.point import Point
 
 
 class ListedPlanner:
-    """Hands out a list, or its first `most` points; see `Planner`."""
+    """Hands out a list; see `Planner`.
 
-    def __init__(self, plan: Plan, *, most: int | None = None) -> None:
-        self._points = plan.in_turns(most)
-        self.total: int | None = len(self._points)
-        self.refused: Mapping[str, int] = plan.refused
-        self.matches = plan.matches
+    Args:
+        points: The list.
+        refused: See `Planner`.
+        matches: See `Planner`.
+    """
+
+    def __init__(
+        self, points: Sequence[Point], *, refused: Mapping[str, int] | None = None, matches: Sequence[Match] = ()
+    ) -> None:
+        self._points = points
+        self.total: int | None = len(points)
+        self.refused: Mapping[str, int] = refused or {}
+        self.matches = matches
         self._next = 0
         self._done: set[str] = set()
 

@@ -60,7 +60,8 @@ def make_planner(sweep: SweepConfig, num_samples: int | None = None, *, study_pa
     if sweep.search.method in ("tpe", "nsga2"):
         make_plan(sweep, num_samples)  # refuses a space in which nothing is feasible
         return StudyPlanner(sweep, num_samples, study_path=study_path)
-    return ListedPlanner(make_plan(sweep, num_samples), most=_most_trials(sweep))
+    plan = make_plan(sweep, num_samples)
+    return ListedPlanner(plan.in_turns(_most_trials(sweep)), refused=plan.refused, matches=plan.matches)
 
 
 def _most_trials(sweep: SweepConfig) -> int | None:

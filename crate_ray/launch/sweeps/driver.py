@@ -7,7 +7,6 @@ folders and the study; Tune's state lives in a scratch folder that is gone at th
 
 import logging
 import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -24,20 +23,20 @@ from crate_ray.launch.cluster import capacity, check_population_fits, check_tria
 from crate_ray.launch.placement import free_orphaned_groups
 from crate_ray.launch.sweeps.budget import Budget
 from crate_ray.launch.sweeps.experiment import SCRATCH, Experiment
-from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, read_sweep, write_sweep
+from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, write_sweep
 from crate_ray.launch.sweeps.roster import Roster
 from crate_ray.launch.sweeps.schedulers import size_bounds
-from crate_ray.launch.sweeps.searcher import ListedPoints, PlannedSearch, Points
-from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals
+from crate_ray.launch.sweeps.searcher import PlannedSearch, Watcher
+from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals, failure_written
 from crate_ray.runs import (
     Lease,
-    LeaseLostError,
     RunFolder,
     State,
     TrialRow,
     list_trials,
     read_records,
     read_status,
+    read_sweep,
     write_status,
 )
 from crate_ray.runs.trials import objective_values
@@ -45,8 +44,9 @@ from crate_ray.space.arms import arm_config, arms, point_config
 from crate_ray.space.check import check_sweep
 from crate_ray.space.confirm import confirm_points
 from crate_ray.space.costs import quantities
+from crate_ray.space.listed import ListedPlanner
 from crate_ray.space.plan import make_plan
-from crate_ray.space.planner import make_planner
+from crate_ray.space.planner import Planner, make_planner
 from crate_ray.space.point import Point
 from crate_ray.training.prepare import absolute_paths
 
@@ -67,8 +67,8 @@ _ENVIRONMENT = {
 }
 
 
-class SweepEvents(Protocol):
-    """Who watches a sweep. Called from the main thread but for the two of a trial; each must return soon."""
+class SweepEvents(Watcher, Protocol):
+    """Who watches a sweep. Called from the main thread but for the two of a Watcher; each must return soon."""
 
     def known(self, rows: list[TrialRow], *, total: int | None, refused: int = 0) -> None:
         """What earlier sessions ended, how many trials the screening has, and how many points were refused."""
@@ -80,14 +80,6 @@ class SweepEvents(Protocol):
 
     def notes(self, *parts: str) -> None:
         """What is used of the budget, in a few words each."""
-        ...
-
-    def trial_started(self, row: TrialRow, folder: RunFolder) -> None:
-        """A trial gets its resources."""
-        ...
-
-    def trial_ended(self, row: TrialRow) -> None:
-        """A trial has given its resources back."""
         ...
 
 
@@ -165,18 +157,11 @@ def run_sweep(
     storage.check_writable(storage.join(folder.uri, ".."))
     with StopSignals() as signals:
         lease = Lease.take(folder)
-        try:
+        with failure_written(lease):
             uid = write_sweep(folder, sweep)
             on_start(folder)
             run = _Run(sweep, folder, lease, signals, events or Silent(), on_poll, on_stop, num_samples, uid)
             outcome = run.run()
-        except LeaseLostError:
-            raise
-        except BaseException as error:
-            lease.end(
-                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", f"driver: {type(error).__name__}: {error}"
-            )
-            raise
         lease.end(outcome.state, outcome.reason)
     on_poll()
     return outcome
@@ -213,7 +198,6 @@ class _Run:
         num_samples: int,
         uid: str,
     ) -> None:
-
         self.sweep, self.folder, self.lease, self.signals = sweep, folder, lease, signals
         self.events, self.on_poll, self.on_stop = events, on_poll, on_stop
         self.num_samples, self.uid = num_samples, uid
@@ -259,7 +243,7 @@ class _Run:
 
     def _end_state(self, rows: list[TrialRow], reason: str | None) -> tuple[State, str | None]:
         if self.is_stopping.is_set():
-            return "KILLED", reason or f"{_signal_name(self.signals)}; running trials wrote a checkpoint"
+            return "KILLED", reason or f"{self.signals.name}; running trials wrote a checkpoint"
         if reason is not None:
             return "FAILED", reason
         ended = {row.arm for row in rows if row.state in ("FINISHED", "STOPPED")}
@@ -272,26 +256,24 @@ class _Run:
         return "FINISHED", None
 
     def _screen(self, rows: list[TrialRow]) -> str | None:
-
         local = storage.local_path(self.folder.path("study.db")) if self.folder.is_local else None
         planner = make_planner(self.sweep, self.num_samples, study_path=None if local is None else str(local))
         over = [row for row in rows if row.is_over and row.stage == "screen"]
         planner.restore([(_point(row), None if row.state == "INFEASIBLE" else _values(row)) for row in over])
         self.events.known(over, total=planner.total, refused=sum(planner.refused.values()))
-        return self._fit("screen", planner, over, total=planner.total or 0)
+        return self._fit("screen", planner, over)
 
     def _confirm(self) -> str | None:
-
         try:
             points = confirm_points(self.sweep, self._write_results(), self.num_samples)
         except ConfigError as error:  # an arm of which no trial finished: the sweep has an end all the same, and a report
             return str(error)
         over = [row for row in list_trials(self.folder.uri) if row.is_over and row.stage == "confirm"]
-        return self._fit("confirm", ListedPoints(points), over, total=len(points))
+        return self._fit("confirm", ListedPlanner(points), over)
 
-    def _fit(self, stage: str, points: Points, over: Sequence[TrialRow], *, total: int) -> str | None:
+    def _fit(self, stage: str, planner: Planner, over: Sequence[TrialRow]) -> str | None:
         """One Tune experiment; a reason when it did not come to its end."""
-        self.events.stage(stage, total)
+        self.events.stage(stage, planner.total or 0)
         roster = Roster(
             self.sweep,
             self.folder,
@@ -301,7 +283,7 @@ class _Run:
             worker_bytes=worker_bytes(self.sweep.resources_per_trial, capacity()),
         )
         search = PlannedSearch(
-            points,
+            planner,
             over=[row.id for row in over],
             roster=roster,
             budget=self.budget,
@@ -319,14 +301,13 @@ class _Run:
         except BaseException:
             experiment.abort()
             raise
-        search.abandon(_signal_name(self.signals) if self.is_stopping.is_set() else "the sweep ended")
+        search.abandon(self.signals.name if self.is_stopping.is_set() else "the sweep ended")
         self._free_groups()
         self.cut_short = self.cut_short or search.cut_short  # a screening cut short stays so
         self._write_results()
         return reason
 
     def _size_bounds(self, stage: str) -> list[float]:
-
         scheduler = self.sweep.scheduler
         if scheduler.bracket_by is None or stage == "confirm":
             return []
@@ -349,12 +330,12 @@ class _Run:
                 self.on_stop(self.signals.received)
             if deadline is not None and time.monotonic() > deadline:
                 experiment.abort()
-                return f"{_signal_name(self.signals)}; trials without a checkpoint in time go on from the one before"
+                return f"{self.signals.name}; trials without a checkpoint in time go on from the one before"
         return experiment.end()
 
     def _write_stop_file(self) -> None:
         try:
-            self.folder.write_json(STOP_FILE, {"signal": _signal_name(self.signals)})
+            self.folder.write_json(STOP_FILE, {"signal": self.signals.name})
         except OSError as error:  # then trials stop at their next report, or go on from their last checkpoint
             log.warning("%s was not written: %s", STOP_FILE, error)
 
@@ -377,7 +358,6 @@ class _Run:
         return min(room, self.sweep.max_concurrent or room)
 
     def _free_groups(self) -> None:
-
         if self.sweep.resources_per_trial.num_workers > 1:
             free_orphaned_groups()
 
@@ -409,10 +389,6 @@ def _notes(sweep: SweepConfig, spent: dict[str, float]) -> list[str]:
         for name in ("gpu_hours", "hours", "usd")
         if (limit := getattr(limits, name)) is not None
     ]
-
-
-def _signal_name(signals: StopSignals) -> str:
-    return signal.Signals(signals.received or signal.SIGTERM).name
 
 
 def _point(row: TrialRow) -> Point:

@@ -7,8 +7,8 @@ anything is written: another identity is refused with the keys that changed.
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import SCHEMA_VERSION, ConfigError, SweepConfig, dump_sweep, flatten, read_yaml
-from crate_ray.runs import RunFolder, list_trials
+from crate_ray.config import SCHEMA_VERSION, ConfigError, SweepConfig, dump_sweep, flatten
+from crate_ray.runs import RunFolder, list_trials, read_sweep
 from crate_ray.runs.create import run_meta
 from crate_ray.space.arms import arm_config, arms
 
@@ -36,15 +36,6 @@ def locate_sweep(sweep: SweepConfig) -> RunFolder:
         _check_same(folder, identity(held), identity(sweep))
         _check_confirmed(folder, held, sweep)
     return folder
-
-
-def read_sweep(folder: RunFolder) -> SweepConfig | None:
-    """The sweep of a folder; None where there is none."""
-    path = folder.path("sweep.yaml")
-    try:
-        return SweepConfig.parse(read_yaml(storage.read_text(path), where=path), where=path)
-    except FileNotFoundError:
-        return None
 
 
 def write_sweep(folder: RunFolder, sweep: SweepConfig) -> str:

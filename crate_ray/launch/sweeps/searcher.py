@@ -1,6 +1,6 @@
 """Where Tune's next trial comes from, and where its end goes.
 
-In: the points of a stage, a budget, the room in the cluster. Out: a Tune Searcher, and events for whoever watches. It proposes
+In: the planner of a stage, a budget, the room in the cluster. Out: a Tune Searcher, and events for whoever watches. It proposes
 a trial only when there is room for it, because Tune does not see what the workers of a nested trainer hold. Tune's own state
 is no truth here: that is the trials' folders and the study, both written before Tune hears of anything.
 """
@@ -8,7 +8,6 @@ is no truth here: that is the trials' folders and the study, both written before
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -20,52 +19,9 @@ from crate_ray.launch.sweeps.roster import Planned, Roster
 from crate_ray.launch.sweeps.schedulers import Entry
 from crate_ray.launch.sweeps.trial import mark_stopped
 from crate_ray.runs import RunFolder, TrialRow, read_trial, write_trial
-from crate_ray.space.point import Point
+from crate_ray.space.planner import Planner
 
 log = logging.getLogger(__name__)
-
-
-class Points(Protocol):
-    """The points of a stage: a Planner of `space`, or a list."""
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether no point will ever come."""
-        ...
-
-    def ask(self) -> Point | None:
-        """The next point; None when there is none now."""
-        ...
-
-    def tell(self, point: Point, values: Mapping[str, float]) -> None:
-        """A point was measured."""
-        ...
-
-    def tell_infeasible(self, point: Point, reason: str) -> None:
-        """A point cannot be measured."""
-        ...
-
-
-class ListedPoints:
-    """Points that are known beforehand, as those of the confirmation."""
-
-    def __init__(self, points: Iterable[Point]) -> None:
-        self._points = deque(points)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """See Points."""
-        return not self._points
-
-    def ask(self) -> Point | None:
-        """See Points."""
-        return self._points.popleft() if self._points else None
-
-    def tell(self, point: Point, values: Mapping[str, float]) -> None:
-        """See Points."""
-
-    def tell_infeasible(self, point: Point, reason: str) -> None:
-        """See Points."""
 
 
 class Watcher(Protocol):
@@ -84,7 +40,7 @@ class PlannedSearch(Searcher):
     """The Searcher of one stage.
 
     Args:
-        points: Of the stage.
+        planner: Of the points of the stage.
         over: Ids of trials that have ended: a point that leads to one of them is passed over.
         roster: Makes trials of points.
         budget: The account of the sweep.
@@ -95,7 +51,7 @@ class PlannedSearch(Searcher):
 
     def __init__(
         self,
-        points: Points,
+        planner: Planner,
         *,
         over: Iterable[str],
         roster: Roster,
@@ -105,7 +61,7 @@ class PlannedSearch(Searcher):
         watcher: Watcher,
     ) -> None:
         super().__init__()
-        self._points, self._known = points, set(over)
+        self._planner, self._known = planner, set(over)
         self._roster, self._budget, self.room = roster, budget, room
         self.is_stopping, self._watcher = is_stopping, watcher
         self._lock = threading.Lock()
@@ -125,7 +81,7 @@ class PlannedSearch(Searcher):
             return self._close()
         planned = self._next()
         if planned is None:
-            return self._close() if self._points.is_exhausted else None
+            return self._close() if self._planner.is_exhausted else None
         with self._lock:
             self._running[trial_id] = planned
             self._budget.started(planned.row)
@@ -146,7 +102,7 @@ class PlannedSearch(Searcher):
 
     def _next(self) -> Planned | None:
         while True:
-            point = self._points.ask()
+            point = self._planner.ask()
             if point is None:
                 return None
             planned = self._roster.plan(point)
@@ -161,7 +117,7 @@ class PlannedSearch(Searcher):
         """Writes down a trial that needs more memory than there is, before it costs anything."""
         row = replace(planned.row, state="INFEASIBLE", reason=reason)
         write_trial(planned.folder, row)
-        self._points.tell_infeasible(planned.point, reason)
+        self._planner.tell_infeasible(planned.point, reason)
         self._tell(self._watcher.trial_ended, row)
 
     def entry_of(self, config: Mapping[str, Any]) -> Entry:
@@ -176,9 +132,9 @@ class PlannedSearch(Searcher):
             del self._running[trial_id]
             self._budget.ended(row)
         if row.state in ("FINISHED", "STOPPED") and all(math.isfinite(value) for value in row.objectives.values()):
-            self._points.tell(planned.point, {**row.quantities, **row.objectives})
+            self._planner.tell(planned.point, {**row.quantities, **row.objectives})
         else:
-            self._points.tell_infeasible(planned.point, row.reason or row.state.lower())
+            self._planner.tell_infeasible(planned.point, row.reason or row.state.lower())
         self._tell(self._watcher.trial_ended, row)
 
     def abandon(self, reason: str) -> None:
