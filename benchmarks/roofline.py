@@ -24,16 +24,7 @@ from torch.nn import functional
 from crate_ray.config import ModelConfig
 from crate_ray.models.cost import count_parameters
 from crate_ray.models.linear import linear
-
-DATA_SHEET_TFLOPS = (
-    ("H200", {torch.bfloat16: 989.4, torch.float32: 66.9}),
-    ("H100 PCIe", {torch.bfloat16: 756.0, torch.float32: 51.2}),
-    ("H100", {torch.bfloat16: 989.4, torch.float32: 66.9}),
-    ("A100", {torch.bfloat16: 312.0, torch.float32: 19.5}),
-    ("L40S", {torch.bfloat16: 362.0, torch.float32: 91.6}),
-    ("L4", {torch.bfloat16: 121.0, torch.float32: 30.3}),
-)
-"""Dense TFLOP/s that NVIDIA prints, by a part of the device's name; the first match counts. float32 is without TF32."""
+from crate_ray.models.peaks import peak_tflops
 
 STREAM_BYTES = 12 + 16
 OPTIMIZER_BYTES = 28
@@ -92,11 +83,8 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that the vendor prints; None for a CPU or a GPU not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, peaks in DATA_SHEET_TFLOPS:
-        if part in name:
-            return 1e12 * peaks[dtype]
-    return None
+    peak = peak_tflops(torch.cuda.get_device_name(device), "bfloat16" if dtype == torch.bfloat16 else "float32")
+    return None if peak is None else 1e12 * peak
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

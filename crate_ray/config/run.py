@@ -5,7 +5,7 @@ give a run its identity are in `identity`; this file only says what the keys mea
 """
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -103,17 +103,38 @@ class DataConfig(Frozen):
         return value
 
 
-class OptimizerConfig(Frozen):
-    """AdamW; no decay on norms, biases and tokens, as published."""
+_DEFAULT_EPS = 1e-8
 
+
+class OptimizerConfig(Frozen):
+    """The optimizer; no decay on norms, biases and tokens, as published."""
+
+    name: Literal["adamw", "lion", "muon"] | None = Field(
+        None, description="null is adamw; muon: matrices inside the layers by Muon, the rest by AdamW, at one rate"
+    )
     lr: float | None = Field(None, gt=0, description="peak learning rate")
     base_lr: float | None = Field(None, gt=0, description="peak learning rate for a batch of 256; scaled linearly")
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="of AdamW's moments; of lion its direction and momentum, there (0.9, 0.99) by default"
+    )
+    eps: float = Field(_DEFAULT_EPS, gt=0)
     layer_decay: float | None = Field(
         None, gt=0, le=1, description="classify: a layer's learning rate is this times that of the layer above it"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_betas(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "lion":
+            return {"betas": (0.9, 0.99), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.name == "lion" and self.eps != _DEFAULT_EPS:
+            raise ValueError(f"optimizer.eps = {self.eps:g} has no effect: lion divides by nothing; leave it out, or use adamw")
+        return self
 
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
@@ -160,7 +181,13 @@ class TrainConfig(Frozen):
     )
     compile: bool = False
     clip_norm: float | None = Field(None, gt=0)
-    deterministic: bool = False
+    deterministic: bool = Field(False, description="kernels whose sums have one order: two runs are equal bit for bit")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay a step of an exponential moving average of the weights, kept beside them",
+    )
     label_smoothing: float | None = Field(None, gt=0, lt=1, description="classify: share of the target spread over all classes")
     init_from: str | None = Field(
         None, description="weights to start from: a .safetensors or .pth file, or a run folder (its latest checkpoint)"
@@ -207,6 +234,8 @@ class EvalConfig(Frozen):
     )
     whitebox_images: int = Field(16, ge=1, le=256, description="validation images of that batch, spread over all")
     log_every_steps: int = Field(10, ge=1)
+    use_ema: bool = Field(False, description="measure the average of train.ema in place of the weights, `probe` too")
+    norms_every_steps: int | None = Field(500, ge=1, description="norms of gradient and update of each block; null: never")
     mask_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
         None, min_length=1, description="pretrain: the final validation loss also at each of these mask ratios"
     )
@@ -221,14 +250,72 @@ class CheckpointConfig(Frozen):
     stop_grace_s: float = Field(60.0, gt=0, description="seconds that a stop waits for the last checkpoint")
 
 
+class WorkerRange(Frozen):
+    """Elastic: as many workers as there is room for, within these bounds, while the run goes on."""
+
+    min: int
+    max: int
+
+
 class ScaleConfig(Frozen):
     """Workers and devices; changing these continues the same run."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: int | WorkerRange = Field(
+        1, description="a number, or {min: 1, max: 8}: goes on with fewer when a node is lost, grows when one comes back"
+    )
+    resize_check_s: float = Field(60.0, gt=0, description="with {min, max}: seconds between two looks for room to grow")
     use_gpu: bool | Literal["auto"] = "auto"
     cpus_per_worker: float = Field(1.0, gt=0)
+    activation_checkpointing: bool = Field(
+        False, description="layers keep their input and compute the rest again in the backward pass: less memory, more time"
+    )
     parallel: Literal["ddp"] = "ddp"
-    max_failures: int = Field(3, ge=0, description="worker group restarts before the run is FAILED")
+    max_failures: int = Field(
+        3, ge=0, description="failures that restart the workers, in a row without a new checkpoint, before the run is FAILED"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="dense TFLOP/s of a worker's device, for MFU; null: as its vendor prints, where it is known"
+    )
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        """Checked as a whole: pydantic would report each branch of the union."""
+        given = value.model_dump() if isinstance(value, WorkerRange) else value
+        bounds = [given.get("min"), given.get("max")] if isinstance(given, dict) and len(given) == 2 else [given]
+        if not all(type(bound) is int and bound >= 1 for bound in bounds) or bounds != sorted(bounds):
+            not_this = f", not {given}" if isinstance(given, dict) else ""
+            raise ValueError(f"give a whole number of workers, 1 or more, or a range such as {{min: 1, max: 8}}{not_this}")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train: each has the largest share of the batch."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train; what is asked of the cluster."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return self.min_workers < self.max_workers
+
+
+class HealthConfig(Frozen):
+    """Steps whose loss or gradient is not finite are skipped; too many in a row end in a rollback."""
+
+    max_skipped: int = Field(5, ge=1, description="skipped steps in a row before the run goes back to its last good checkpoint")
+    max_rollbacks: int | None = Field(
+        None, ge=0, description="rollbacks before the run is FAILED; null: 3, and none in a trial of a sweep"
+    )
+    lr_factor: float = Field(0.5, gt=0, le=1, description="after a rollback the learning rate is multiplied by this")
+    lr_steps: int = Field(100, ge=0, description="for so many steps")
+    spike_z: float = Field(
+        6.0, gt=0, description="robust z-score from which a loss is reported as a spike; nothing is done about it"
+    )
 
 
 class StorageConfig(Frozen):
@@ -258,14 +345,16 @@ class RunConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     scale: ScaleConfig = ScaleConfig()
+    health: HealthConfig = HealthConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.scale.num_workers > self.train.global_batch:
+        if self.scale.max_workers > self.train.global_batch:
+            key = "scale.num_workers" if isinstance(self.scale.num_workers, int) else "scale.num_workers.max"
             raise ValueError(
-                f"scale.num_workers = {self.scale.num_workers} is more than train.global_batch = {self.train.global_batch}: "
+                f"{key} = {self.scale.max_workers} is more than train.global_batch = {self.train.global_batch}: "
                 f"some workers would have no image; use at most {self.train.global_batch} workers"
             )
         if self.task == "pretrain":
@@ -275,9 +364,20 @@ class RunConfig(Frozen):
                 "task = classify trains a classifier, and model.num_classes is not set; give the number of classes"
             )
         if self.data.is_mixing:
-            check_pairs(self, self.scale.num_workers)
+            for num_workers in range(self.scale.min_workers, self.scale.max_workers + 1):
+                check_pairs(self, num_workers)
         self._check_mask_ratios()
+        self._check_optimizer()
         return self
+
+    def _check_optimizer(self) -> None:
+        if self.eval.use_ema and self.train.ema is None:
+            raise ValueError("eval.use_ema needs train.ema, the decay of the average: set it (0.999, say), or leave it out")
+        if self.optimizer.name == "muon" and self.model.parametrization == "mup":
+            raise ValueError(
+                "model.parametrization = mup scales the rates of sign-like updates (adamw, lion), and its rule for muon's "
+                "orthogonal ones is not known here; use adamw or lion, or the standard parametrization"
+            )
 
     def _check_mask_ratios(self) -> None:
         ratios = self.eval.mask_ratios or ()

@@ -30,12 +30,13 @@ from crate_ray.training.checkpoint import (
 )
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.first_weights import load_first_weights
+from crate_ray.training.monitor import Monitor
 from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
+from crate_ray.training.profiling import ProfiledSteps, StepProfiler
 from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
-from crate_ray.training.step import PendingOutcome, StepOutcome, TrainStep, Votes
-from crate_ray.training.throughput import LoaderWatch, Throughput, longest_wait, peak_memory_gib
+from crate_ray.training.step import PendingOutcome, TrainStep, Votes
 from crate_ray.training.whitebox import WhiteboxMonitor
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def run_training(
     context: WorkerContext,
     *,
     open_batches: Callable[..., BatchReader] = open_reader,
+    profiled: ProfiledSteps | None = None,
 ) -> LoopResult:
     """Trains until the last step or a stop, from the newest checkpoint of the folder.
 
@@ -96,12 +98,13 @@ def run_training(
         folder: The run; rank 0 alone writes records, all may read.
         context: This worker. With more than one, torch.distributed is initialised already.
         open_batches: Who reads and decodes; called as `open_reader`, and hands out the same batches.
+        profiled: Steps that rank 0 traces into the folder.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite.
         ConfigError: The data or a checkpoint cannot be read.
     """
-    trainer = Trainer(config, folder, context, open_batches)
+    trainer = Trainer(config, folder, context, open_batches, profiled)
     try:
         return trainer.run()
     finally:
@@ -112,7 +115,12 @@ class Trainer:
     """The state of one attempt on one rank."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, context: WorkerContext, open_batches: Callable[..., BatchReader]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        context: WorkerContext,
+        open_batches: Callable[..., BatchReader],
+        profiled: ProfiledSteps | None,
     ) -> None:
         self.config, self.folder, self.context = config, folder, context
         self._open_batches = open_batches
@@ -142,14 +150,18 @@ class Trainer:
             else None
         )
         self.sink: MetricSink = RecordWriter(folder, context.attempt) if context.rank == 0 else NullSink()
-        self.throughput = Throughput(config.train.global_batch, self.device)
-        self.loader_watch = LoaderWatch(
-            num_loaders=config.data.num_loaders, images_per_step=config.train.global_batch / context.world_size
+        self.monitor = Monitor(
+            config,
+            self.model,
+            self.optimizer,
+            context=context,
+            sink=self.sink,
+            precision=self.precision,
+            profiler=StepProfiler(profiled, folder, device=self.device) if profiled and context.rank == 0 else None,
         )
         self.is_stopping = False
         self.is_saving = False
         self._pending: deque[PendingOutcome] = deque()
-        self._outcomes: list[StepOutcome] = []
         self._eval_values: dict[str, float] = {}
         self._saved_step = self.step if restored else -1
         self._saved_at = time.monotonic()
@@ -204,23 +216,23 @@ class Trainer:
         if self.step == self.total:  # stopped between the last checkpoint and the final numbers
             self._evaluate()
         while self.step < self.total and not self.is_stopping:
-            with self.throughput.waiting():
+            with self.monitor.reading(self.step + 1):
                 batch = next(self.reader)
             lr = self._learning_rate()
             votes = Votes(self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples)
             pending = self.train_step(batch, lr=lr, votes=votes)
             self.step += 1
             self._settle(pending)
-            self.train_seconds += self.throughput.step_done()
+            self.train_seconds += self.monitor.step_done(self.step)
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
-                self._log(lr)
+                self.monitor.log(self.step, lr=lr, passes=self._epochs())
             evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
             if self.is_saving or self.step == self.cooldown or self._is_due(self.config.checkpoint.every_steps, at_end=False):
                 self._save()
             if evaluated:
                 self.context.evaluated(self.step, evaluated)
-                self.throughput.resume()
+                self.monitor.resume("eval")
                 if self.context.world_size == 1:  # nobody has to agree, and the stop costs no further step
                     self.is_stopping = self.is_stopping or self.context.stop_requested()
         self._save()
@@ -232,6 +244,7 @@ class Trainer:
     def close(self) -> None:
         """Stops the loader threads and flushes the records."""
         self.reader.close()
+        self.monitor.close()
         self.sink.close()
 
     def _learning_rate(self) -> float:
@@ -271,25 +284,9 @@ class Trainer:
                     f"{self.step - len(self._pending)}; the last checkpoint is from before it. "
                     "Lower optimizer.lr or set train.clip_norm"
                 )
-            self._outcomes.append(outcome)
+            self.monitor.observe(self.step - len(self._pending), outcome)
             self.is_stopping = self.is_stopping or outcome.stop
             self.is_saving = self.is_saving or outcome.save
-
-    def _log(self, lr: float) -> None:
-        outcomes, self._outcomes = self._outcomes, []
-        window = longest_wait(self.throughput.window(), world_size=self.context.world_size, device=self.device)
-        if (advice := self.loader_watch.look(window)) and self.context.rank == 0:
-            log.warning("%s", advice)
-        values = {
-            "train/loss": sum(o.loss for o in outcomes) / len(outcomes),
-            "train/grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
-            "train/lr": lr,
-            **self._epochs(),
-            "data/replaced_samples": outcomes[-1].replaced,
-            "memory/peak_gib": peak_memory_gib(self.device),
-            **window.metrics(self.config.train.global_batch),
-        }
-        self.sink.write(self.step, values)
 
     def _evaluate(self) -> dict[str, float]:
         """What the task measures on validation, and kNN, where they are due; both at the end. Returns these, with the rate."""
@@ -306,8 +303,8 @@ class Trainer:
             if top1 is not None:
                 values["eval/knn_top1"] = top1
         self._record(values | self._measure_whitebox())
-        if values and self.throughput.images_per_s is not None:
-            values["perf/images_per_s"] = self.throughput.images_per_s
+        if values and self.monitor.images_per_s is not None:
+            values["perf/images_per_s"] = self.monitor.images_per_s
         return values
 
     def _epochs(self) -> dict[str, float]:
@@ -327,7 +324,7 @@ class Trainer:
         """Writes what was measured between steps, and leaves that time out of the throughput."""
         if values:
             self.sink.write(self.step, values)
-            self.throughput.resume()
+            self.monitor.resume("eval")
 
     def _save(self) -> None:
         if self.step == self._saved_step:
@@ -351,7 +348,8 @@ class Trainer:
             prune_checkpoints(folder, keep_last=self.config.checkpoint.keep_last)
         self._saved_step, self._saved_at, self.is_saving = self.step, time.monotonic(), False
         context.checkpoint_written(self.step, uri)
-        self.throughput.resume()
+        self.monitor.checkpoint_saved(self.step)
+        self.monitor.resume("checkpoint")
 
     def _write_final(self) -> None:
         """The numbers that comparisons use, rounded to four digits, once."""
@@ -369,8 +367,8 @@ class Trainer:
         }
         record_precision(self.folder, self.precision)
         values |= {key.replace("eval/", "final/eval_"): value for key, value in self._eval_values.items()}
-        if self.throughput.images_per_s is not None:
-            values["final/images_per_s"] = self.throughput.images_per_s
+        if self.monitor.images_per_s is not None:
+            values["final/images_per_s"] = self.monitor.images_per_s
         cost = {
             "parameters": dataclasses.asdict(parameters),
             "training_flops_per_image": flops,

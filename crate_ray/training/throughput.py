@@ -8,10 +8,8 @@ do, between two events on its stream, for which the host waited too.
 
 import math
 import os
-import resource
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -144,10 +142,12 @@ class Throughput:
             self._counted_s += elapsed
         return elapsed
 
-    def resume(self) -> None:
-        """Leaves out the time since the last step."""
+    def resume(self) -> float:
+        """Leaves out the time since the last step; returns it in seconds."""
         self._wait.interrupted()
-        self._mark = time.perf_counter()
+        now = time.perf_counter()
+        left_out, self._mark = now - self._mark, now
+        return left_out
 
     def window(self) -> Window:
         """What happened since the last call."""
@@ -161,16 +161,16 @@ class Throughput:
         return self._counted_steps * self._global_batch / self._counted_s if self._counted_steps else None
 
 
-def longest_wait(window: Window, *, world_size: int, device: torch.device) -> Window:
-    """The window with the wait of the rank that waited longest: the others wait for that one, inside their steps.
+def largest_of_ranks(values: Sequence[float], *, world_size: int, device: torch.device) -> list[float]:
+    """Each value's largest over the ranks: the others wait for the one that waits longest, and the fullest runs out first.
 
     A collective: with more than one rank, all of them call it at the same step.
     """
     if world_size == 1:
-        return window
-    longest = torch.tensor([window.wait_s], dtype=torch.float64, device=device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    return Window(window.steps, window.seconds, min(float(longest), window.seconds))
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [float(value) for value in largest.tolist()]
 
 
 def enough_loaders(read_s: float, *, images: float, step_s: float) -> int:
@@ -238,11 +238,3 @@ def _remedy(enough: int, num_loaders: int) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = "" if enough <= cores else f", if as many CPU cores are free (here {cores})"
     return f"data.num_loaders={enough} would be enough instead of {num_loaders}{room}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the device, or of the process on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -25,7 +25,7 @@ FREE = {
     "train.micro_batch",
     "train.init_from",  # train.init_digest says what it held
 }
-FREE_SECTIONS = {"eval", "checkpoint", "scale", "storage", "tracking"}
+FREE_SECTIONS = {"eval", "checkpoint", "scale", "health", "storage", "tracking"}
 
 
 def identity(*overrides: str) -> str:
@@ -37,8 +37,17 @@ def identity(*overrides: str) -> str:
     [
         "name=mine",
         "scale.num_workers=4",
+        "scale.num_workers={min: 1, max: 4}",
+        "scale.resize_check_s=5",
         "scale.use_gpu=true",
         "scale.max_failures=0",
+        "scale.hang_timeout_s=30",
+        "health.max_skipped=2",
+        "health.max_rollbacks=0",
+        "health.lr_factor=0.1",
+        "health.lr_steps=7",
+        "health.spike_z=4",
+        "scale.peak_tflops=989",
         "storage.path=s3://bucket/runs",
         "tracking.uri=http://mlflow:5000",
         "tracking.experiment=crate-mae/other",
@@ -46,6 +55,8 @@ def identity(*overrides: str) -> str:
         "eval.probe_every_steps=null",
         "eval.whitebox_every_steps=null",
         "eval.whitebox_images=8",
+        "eval.norms_every_steps=null",
+        "scale.activation_checkpointing=true",
         "checkpoint.every_steps=3",
         "checkpoint.keep_last=9",
         "data.num_loaders=0",
@@ -76,6 +87,8 @@ def test_how_a_run_is_carried_out_does_not_change_its_identity(override: str) ->
         "optimizer.lr=1e-3",
         "optimizer.weight_decay=0",
         "optimizer.betas=[0.9, 0.99]",
+        "optimizer.name=lion",
+        "optimizer.name=muon",
         "schedule.warmup_steps=10",
         "schedule.final_lr_fraction=0.1",
         "train.steps=601",
@@ -83,6 +96,7 @@ def test_how_a_run_is_carried_out_does_not_change_its_identity(override: str) ->
         "train.seed=1",
         "train.precision=float32",
         "train.clip_norm=null",
+        "train.ema=0.99",
     ],
 )
 def test_what_decides_the_numbers_changes_the_identity(override: str) -> None:
@@ -151,6 +165,12 @@ RESUME = {
 @pytest.mark.parametrize("recipe", RESUME)
 def test_the_recipes_keep_their_identities(recipe: str) -> None:
     assert digest(resume_parts(RunConfig.load(recipe), DATA))[:12] == RESUME[recipe]
+
+
+def test_measuring_the_average_is_the_same_run_and_is_not_compared_with_measuring_the_weights() -> None:
+    weights, average = (RunConfig.load("digits_mae", ["train.ema=0.99", f"eval.use_ema={ema}"]) for ema in ("false", "true"))
+    assert resume_parts(weights, DATA) == resume_parts(average, DATA)
+    assert compare_parts(weights, DATA, "float32") != compare_parts(average, DATA, "float32")
 
 
 def test_other_data_are_another_run() -> None:

@@ -25,7 +25,7 @@ from crate_ray.training.throughput import (
     Throughput,
     Window,
     enough_loaders,
-    longest_wait,
+    largest_of_ranks,
 )
 
 LoadTiny = Callable[..., RunConfig]
@@ -127,7 +127,7 @@ def test_a_run_logs_one_line_and_records_the_wait(
         f"data.train={slow_source}", "data.eval=null", "data.num_loaders=1", "train.steps=48", "train.global_batch=4"
     )
     folder = RunFolder(str(tmp_path / "run"))
-    with caplog.at_level(logging.WARNING, logger="crate_ray.training.loop"):
+    with caplog.at_level(logging.WARNING, logger="crate_ray.training.monitor"):
         run_training(config, folder, LocalContext())
     lines = [record.message for record in caplog.records if "the loader is the bottleneck" in record.message]
     assert len(lines) == 1
@@ -199,15 +199,15 @@ def test_time_between_steps_counts_neither_as_step_nor_as_wait() -> None:
 
 def report_wait(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = longest_wait(Window(10, 4.0, [0.1, 3.0][rank]), world_size=2, device=CPU)
-    Path(folder, f"{rank}").write_text(str(found.wait_s))
+    found = largest_of_ranks([[0.1, 7.5], [3.0, 2.0]][rank], world_size=2, device=CPU)
+    Path(folder, f"{rank}").write_text(str(found))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_all_ranks_record_the_wait_of_the_slowest(tmp_path: Path) -> None:
+def test_all_ranks_record_the_wait_of_the_slowest_and_the_memory_of_the_fullest(tmp_path: Path) -> None:
     start_processes(report_wait, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["3.0", "3.0"]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["[3.0, 7.5]", "[3.0, 7.5]"]
 
 
 @pytest.mark.gpu
