@@ -269,7 +269,10 @@ class ScaleConfig(Frozen):
     activation_checkpointing: bool = Field(
         False, description="layers keep their input and compute the rest again in the backward pass: less memory, more time"
     )
-    parallel: Literal["ddp"] = "ddp"
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each worker holds the whole model; fsdp: a share of weights, gradients and optimizer state"
+    )
+    hybrid_shard: bool = Field(False, description="fsdp: shares lie inside a node, and nodes hold copies of each other")
     max_failures: int = Field(
         3, ge=0, description="failures that restart the workers, in a row without a new checkpoint, before the run is FAILED"
     )

@@ -40,6 +40,8 @@ def identity(*overrides: str) -> str:
         "scale.num_workers={min: 1, max: 4}",
         "scale.resize_check_s=5",
         "scale.use_gpu=true",
+        "scale.parallel=fsdp",
+        "scale.hybrid_shard=true",
         "scale.max_failures=0",
         "scale.hang_timeout_s=30",
         "health.max_skipped=2",
