@@ -2,6 +2,7 @@
 
 from crate_ray.runs.create import find_run, git_state, is_finished, open_run, record_precision, versions
 from crate_ray.runs.folder import RunFolder, list_runs, sweep_of
+from crate_ray.runs.interventions import Intervention, intervention_text, read_interventions, write_interventions
 from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
 from crate_ray.runs.records import (
     SEGMENT_SECONDS,
@@ -42,6 +43,7 @@ __all__ = [
     "LEASE_SECONDS",
     "SEGMENT_SECONDS",
     "TRIAL_STATES",
+    "Intervention",
     "Lease",
     "LeaseLostError",
     "MetricSink",
@@ -60,6 +62,7 @@ __all__ = [
     "encode_number",
     "find_run",
     "git_state",
+    "intervention_text",
     "is_finished",
     "later_records",
     "list_runs",
@@ -68,6 +71,7 @@ __all__ = [
     "merge_records",
     "objective_values",
     "open_run",
+    "read_interventions",
     "read_records",
     "read_status",
     "read_sweep",
@@ -75,6 +79,7 @@ __all__ = [
     "record_precision",
     "sweep_of",
     "versions",
+    "write_interventions",
     "write_status",
     "write_trial",
 ]
