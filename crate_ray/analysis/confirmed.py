@@ -126,7 +126,7 @@ def differences(configurations: Sequence[Confirmed], sweep: SweepConfig) -> list
     chosen: dict[str, dict[str, Confirmed]] = {}
     points: dict[str, dict[str, Any]] = {}
     for item in configurations:
-        point = _shared_point(_anchor(item, configurations, sweep).values, sweep)
+        point = _shared_point(_anchor(item, configurations, sweep), sweep)
         points.setdefault(spelling(point), point)
         chosen.setdefault(spelling(point), {}).setdefault(item.arm, item)  # the first of an arm is its best
     return [_difference(a, b, points[name]) for name, of_arm in chosen.items() for a, b in combinations(of_arm.values(), 2)]
@@ -159,16 +159,17 @@ def _why_missing(row: TrialRow, objective: str) -> str:
     return row.state.lower() + (f" ({row.reason})" if row.reason else "")
 
 
-def _shared_point(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
+def _shared_point(item: Confirmed, sweep: SweepConfig) -> dict[str, Any]:
     """What arms share of a point: keys of the space that no arm has its own of; the whole point where arms are matched."""
     if sweep.confirm is None or sweep.confirm.per == "arm":
         return {}
+    point = point_of(item.values, sweep, item.arm)
     if sweep.match is not None:
-        return own_values(point_of(values, sweep), sweep, sweep.match.to)
+        return own_values(point, sweep, sweep.match.to)
     own = {key for arm in sweep.arms.values() for key in arm.space}
     followers = {key for key, domain in sweep.space.items() if domain.is_dependent}
     shared = sweep.space.keys() - own - followers
-    return {key: value for key, value in sorted(point_of(values, sweep).items()) if key in shared}
+    return {key: value for key, value in sorted(point.items()) if key in shared}
 
 
 def _anchor(item: Confirmed, configurations: Sequence[Confirmed], sweep: SweepConfig) -> Confirmed:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from crate_ray.config import LARGER_IS_BETTER, Domain, SweepConfig, is_exploratory
+from crate_ray.config import Domain, SweepConfig, is_exploratory, order_key
 from crate_ray.runs import TrialRow
 
 Position = Literal["lower edge", "upper edge", "inside", "single value", "no order"]
@@ -141,12 +141,9 @@ def same_question(candidates: Sequence[Asked], objectives: Iterable[str]) -> lis
     return [({keys[i]: question[i] for i in differing}, group) for question, group in groups.items()]
 
 
-def point_of(values: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
+def point_of(values: Mapping[str, Any], sweep: SweepConfig, arm: str) -> dict[str, Any]:
     """The keys of a point of the space: all that are not tuned and do not follow a tuned one."""
-    tuned = set(sweep.tune)
-    domains = [*sweep.space.items(), *(item for one in sweep.arms.values() for item in one.space.items())]
-    while followers := {key for key, domain in domains if domain.of in tuned} - tuned:
-        tuned |= followers
+    tuned = sweep.tuned_in(arm)
     return {key: value for key, value in values.items() if key not in tuned}
 
 
@@ -169,17 +166,16 @@ def free_keys(sweep: SweepConfig, arm: str) -> list[str]:
 
 
 def _rank_arm(arm: str, target: Mapping[str, Any], rows: Sequence[TrialRow], sweep: SweepConfig) -> ArmRanking:
-    objective = sweep.objective[0]
-    sign = -1.0 if LARGER_IS_BETTER[objective] else 1.0
-    measured = {row.id: value for row in rows if (value := row.value_of(objective)) is not None and math.isfinite(value)}
-    finished = [row for row in rows if row.state == "FINISHED" and row.id in measured]
-    stopped = [row for row in rows if row.state == "STOPPED" and row.id in measured]
-    finished.sort(key=lambda row: (sign * measured[row.id], row.value_of("encoder_params_m") or 0.0, row.id))
-    stopped.sort(key=lambda row: (-row.step, sign * measured[row.id], row.id))
+    keys = {row.id: key for row in rows if (key := order_key(sweep, row)) is not None}
+    finished = sorted((row for row in rows if row.state == "FINISHED" and row.id in keys), key=lambda row: keys[row.id])
+    stopped = [row for row in rows if row.state == "STOPPED" and row.id in keys]
+    stopped.sort(key=lambda row: (-row.step, keys[row.id]))
     trials: list[Ranked] = []
     for row in [*finished, *stopped]:
         step = row.step if row.state == "STOPPED" else None
-        ranked = Ranked(len(trials) + 1, row, measured[row.id], step)
+        value = row.value_of(sweep.objective[0])
+        assert value is not None
+        ranked = Ranked(len(trials) + 1, row, value, step)
         if trials and (trials[-1].value, trials[-1].step) == (ranked.value, ranked.step):
             ranked = Ranked(trials[-1].place, row, ranked.value, step)
         trials.append(ranked)
@@ -197,9 +193,9 @@ def _points(trials: Sequence[Ranked], sweep: SweepConfig) -> list[PointBest]:
     groups: dict[str, list[Ranked]] = {}
     for trial in trials:
         if trial.step is None:
-            groups.setdefault(spelling(point_of(trial.row.values, sweep)), []).append(trial)
+            groups.setdefault(spelling(point_of(trial.row.values, sweep, trial.row.arm)), []).append(trial)
     return [
-        PointBest(point_of(group[0].row.values, sweep), group[0], tuned_keys(group[0].row, sweep), len(group))
+        PointBest(point_of(group[0].row.values, sweep, group[0].row.arm), group[0], tuned_keys(group[0].row, sweep), len(group))
         for group in groups.values()
     ]
 

@@ -19,7 +19,15 @@ from crate_ray.config.run import (
     TrackingConfig,
     TrainConfig,
 )
-from crate_ray.config.sweep import LARGER_IS_BETTER, LIVE_OBJECTIVES, Arm, SchedulerConfig, SweepConfig, is_exploratory
+from crate_ray.config.sweep import (
+    LARGER_IS_BETTER,
+    LIVE_OBJECTIVES,
+    Arm,
+    SchedulerConfig,
+    SweepConfig,
+    is_exploratory,
+    order_key,
+)
 
 __all__ = [
     "LARGER_IS_BETTER",
@@ -58,6 +66,7 @@ __all__ = [
     "load_run",
     "load_sweep",
     "nearest",
+    "order_key",
     "preset_values",
     "read_recipe",
     "read_yaml",

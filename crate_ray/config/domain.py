@@ -134,6 +134,14 @@ def check_run_keys(where: str, keys: Iterable[str]) -> None:
             raise ConfigError(f"{where}{key}: no key of a run{nearest(key, list(run_keys()))}; {kind}: {', '.join(valid)}")
 
 
+def depending_on(root: str, domains: Mapping[str, Domain]) -> list[str]:
+    """The key and everything that depends on it, however far, each after what it depends on."""
+    found = [root]
+    for key in found:
+        found += [other for other, domain in domains.items() if domain.of == key]
+    return found
+
+
 def dependence_order(where: str, domains: Mapping[str, Domain]) -> list[str]:
     """The keys in an order in which each stands after the one that it depends on.
 

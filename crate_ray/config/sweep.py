@@ -4,13 +4,14 @@ In: a sweep file with overrides. Out: a SweepConfig whose every key is checked. 
 `space`'s business; this file only says what they mean.
 """
 
+import math
 import re
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from crate_ray.config.base import ConfigError, Frozen, nearest
-from crate_ray.config.domain import SAME_FLOPS_KEY, Domain, check_run_keys, dependence_order, is_whole
+from crate_ray.config.domain import SAME_FLOPS_KEY, Domain, check_run_keys, dependence_order, depending_on, is_whole
 from crate_ray.config.run import NAME_PATTERN
 
 ObjectiveName = Literal["eval_loss", "knn_top1", "probe_top1", "params_m", "encoder_params_m", "gflops", "images_per_s"]
@@ -28,7 +29,6 @@ ARM_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 OBJECTIVES = list(LARGER_IS_BETTER)
 LIVE_OBJECTIVES = ("eval_loss", "knn_top1", "images_per_s")
 """What a trial reports while it trains; the others are known before it or only at its end."""
-
 
 DECIDED_BY_SWEEP = {
     "train.seed": "screen.seed and confirm.first_seed",
@@ -185,6 +185,11 @@ class SweepConfig(Frozen):
         solved = self.match.over if self.match is not None and arm != self.match.to else {}
         return {**self.space, **own, **solved, **self.tune}
 
+    def tuned_in(self, arm: str) -> frozenset[str]:
+        """The keys that every point of an arm has a best of: `tune`, what a population perturbs, and what follows them."""
+        domains = self.domains_of(arm)
+        return frozenset(key for root in (*self.tune, *self.scheduler.perturb) for key in depending_on(root, domains))
+
     def set_of(self, arm: str) -> dict[str, Any]:
         """The dotted keys that are the same in every trial of an arm."""
         return {**self.set, **(self.arms[arm].set if arm in self.arms else {})}
@@ -306,6 +311,29 @@ class SweepConfig(Frozen):
         from crate_ray.config.load_sweep import load_sweep
 
         return load_sweep(path, overrides, smoke=smoke)
+
+
+class Measured(Protocol):
+    """A trial that ended, as far as its place goes."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    def value_of(self, objective: str) -> float | None:
+        """What it measured, or what was known of it beforehand."""
+
+
+def order_key(sweep: SweepConfig, trial: Measured) -> tuple[float, float, str] | None:
+    """Sorts finished trials, best first: by the first objective, then the smaller encoder, then the name.
+
+    The screening's ranking and the choice of what is confirmed are this one order. None without a finite value.
+    """
+    objective = sweep.objective[0]
+    value = trial.value_of(objective)
+    if value is None or not math.isfinite(value):
+        return None
+    return (-value if LARGER_IS_BETTER[objective] else value), trial.value_of("encoder_params_m") or 0.0, trial.id
 
 
 def is_exploratory(sweep: SweepConfig) -> str | None:

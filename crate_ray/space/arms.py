@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from crate_ray.config import Arm, ConfigError, Frozen, RunConfig, SweepConfig, dependence_order, nearest, read_recipe, set_key
-from crate_ray.config.domain import SAME_FLOPS_KEY
+from crate_ray.config.domain import SAME_FLOPS_KEY, depending_on
 from crate_ray.space.costs import flops_per_step
 from crate_ray.space.point import Point, Stage
 
@@ -176,14 +176,6 @@ def _lay(values: dict[str, Any], *layers: Mapping[str, Any]) -> None:
         for key, value in layer.items():
             if key != "model.preset":
                 set_key(values, key, value)
-
-
-def depending_on(root: str, domains: Mapping[str, Any]) -> list[str]:
-    """The key and everything that depends on it, however far, each after what it depends on."""
-    found = [root]
-    for key in found:
-        found += [other for other, domain in domains.items() if domain.of == key]
-    return found
 
 
 def _look_up(mapping: Mapping[Any, Any], source: Any, what: str) -> Any:

@@ -4,18 +4,21 @@ In: a SweepConfig and the rows of its screening. Out: points. Every arm gets the
 differences between arms are paired; a row that a scheduler stopped is no candidate, for its value is of another length.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from crate_ray.config import LARGER_IS_BETTER, ConfigError, SweepConfig
-from crate_ray.space.arms import ArmSpace, arms, depending_on
+from crate_ray.config import ConfigError, SweepConfig, order_key
+from crate_ray.space.arms import ArmSpace, arms
 from crate_ray.space.point import Point, canonical
 
 
 class ScreenedTrial(Protocol):
     """What is asked of a row."""
+
+    @property
+    def id(self) -> str:
+        """Its name; equal trials stand in the order of their names."""
 
     @property
     def arm(self) -> str:
@@ -71,36 +74,39 @@ def _best(sweep: SweepConfig, arm: str, rows: Sequence[ScreenedTrial], num_sampl
     space = ArmSpace(sweep, arm, stage="confirm", num_samples=num_samples)
     groups: dict[str, list[ScreenedTrial]] = {}
     for row in _ranked(sweep, arm, rows):
-        groups.setdefault(_group(sweep, space, row.values), []).append(row)
+        groups.setdefault(_group(sweep, arm, row.values), []).append(row)
     chosen = [row for group in groups.values() for row in group[: sweep.confirm.top_k]]
-    return [space.resolve({key: row.values[key] for key in space.independent}) for row in chosen]
+    return [
+        space.resolve({key: row.values[key] for key in space.independent}) | _perturbed(sweep, space, row) for row in chosen
+    ]
+
+
+def _perturbed(sweep: SweepConfig, space: ArmSpace, row: ScreenedTrial) -> dict[str, Any]:
+    """What a population made of keys that are not in the space; not where the second stage sets them itself."""
+    assert sweep.confirm is not None
+    beside = sweep.scheduler.perturb.keys() - space.domains.keys() - sweep.confirm.set.keys()
+    return {key: row.values[key] for key in sorted(beside) if key in row.values}
 
 
 def _ranked(sweep: SweepConfig, arm: str, rows: Sequence[ScreenedTrial]) -> list[ScreenedTrial]:
-    """The arm's finished screening trials, best first; equal ones in the order of their values."""
-    objective = sweep.objective[0]
-    sign = -1 if LARGER_IS_BETTER[objective] else 1
+    """The arm's finished screening trials in the order of the ranking."""
     screened = [row for row in rows if row.arm == arm and row.stage == "screen"]
-    scored = []
-    for row in screened:
-        value = row.value_of(objective)
-        if row.state == "FINISHED" and value is not None and math.isfinite(value):
-            scored.append((sign * value, canonical(dict(row.values)), row))
-    if not scored:
+    keys = {row.id: key for row in screened if row.state == "FINISHED" and (key := order_key(sweep, row)) is not None}
+    if not keys:
         counts = Counter(row.state for row in screened)
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         raise ConfigError(
-            f"arm '{arm}' has no finished screening trial with {objective}, so there is nothing to confirm (its trials: "
-            f"{states or 'none'}); start the sweep again for those that are left, or give it a larger budget, or a milder "
-            "scheduler"
+            f"arm '{arm}' has no finished screening trial with {sweep.objective[0]}, so there is nothing to confirm (its "
+            f"trials: {states or 'none'}); start the sweep again for those that are left, or give it a larger budget, or a "
+            "milder scheduler"
         )
-    return [row for _, _, row in sorted(scored, key=lambda item: item[:2])]
+    return sorted((row for row in screened if row.id in keys), key=lambda row: keys[row.id])
 
 
-def _group(sweep: SweepConfig, space: ArmSpace, values: Mapping[str, Any]) -> str:
+def _group(sweep: SweepConfig, arm: str, values: Mapping[str, Any]) -> str:
     """What rows compete within: the arm, or the point of the space whatever `tune` says."""
     assert sweep.confirm is not None
     if sweep.confirm.per == "arm":
         return ""
-    tuned = {key for root in sweep.tune for key in depending_on(root, space.domains)}
+    tuned = sweep.tuned_in(arm)
     return canonical({key: value for key, value in values.items() if key not in tuned})

@@ -37,6 +37,7 @@ class PlannedSweep:
 class _AsIfFinished:
     """A planned point as a row of the screening: all equally good."""
 
+    id: str
     arm: str
     values: Mapping[str, Any]
     stage: str = "screen"
@@ -64,7 +65,9 @@ def planned_sweep(sweep: SweepConfig, plan: Plan, num_samples: int | None = None
     confirm: list[PlannedTrial] = []
     num_confirm = 0
     if sweep.confirm is not None:
-        num_confirm = len(confirm_points(sweep, [_AsIfFinished(point.arm, point.values) for point in points], num_samples))
+        num_confirm = len(
+            confirm_points(sweep, [_AsIfFinished(point.key, point.arm, point.values) for point in points], num_samples)
+        )
         longer = _configs(sweep, [Point(p.arm, p.values, p.seed, "confirm") for p in points], num_samples)
         confirm = [planned_trial(p.arm, config, num_samples=num_samples) for p, config in zip(points, longer, strict=True)]
     to_measure = {arm: tuple(configs[place] for place in places) for arm, places in extremes(screen).items()}

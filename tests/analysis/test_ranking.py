@@ -120,5 +120,8 @@ def test_a_point_has_no_key_that_follows_a_tuned_one_and_only_what_tells_it_apar
     )
     point = {"model.width": 64, "model.encoder_depth": 4, "model.decoder_depth": 4}
     values = point | {"optimizer.lr": 1e-3, "optimizer.weight_decay": 1e-2}
-    assert point_of(values, sweep) == point
+    assert point_of(values, sweep, "mae") == point
+    population = {"type": "pbt", "interval_steps": 100, "perturb": {"train.clip_norm": {"uniform": [0.5, 2]}}}
+    perturbed = make_sweep(space={}, scheduler=population)
+    assert point_of({"model.width": 64, "train.clip_norm": 0.7}, perturbed, "mae") == {"model.width": 64}
     assert own_values(values, sweep, "mae") == {"model.encoder_depth": 4, "optimizer.lr": 1e-3}
