@@ -49,7 +49,7 @@ def compare_parts(config: RunConfig, data_digest: str, precision: str) -> dict[s
         {
             "task": None if config.task == "pretrain" else config.task,
             "data": {"digest": data_digest, "augment": config.data.augment},
-            "evaluation": EVALUATION_PROTOCOL,
+            "evaluation": {**EVALUATION_PROTOCOL, "weights": "ema" if config.eval.use_ema else None},
             "schedule": config.schedule.model_dump(mode="json"),
             "precision": precision,
         }

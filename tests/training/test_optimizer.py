@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from crate_ray.config import ModelConfig, OptimizerConfig
+from crate_ray.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig
 from crate_ray.models import Classifier, MaskedAutoencoder
-from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
+from crate_ray.training.lion import Lion
+from crate_ray.training.optimizer import (
+    create_optimizer,
+    optimizer_tensors,
+    parameter_groups,
+    restore_optimizer,
+    step_where_finite,
+)
 
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 16, "num_heads": 2, "encoder_depth": 2, "decoder_depth": 1}
 CRATE = {"family": "crate", **SHAPE}
@@ -116,24 +123,34 @@ def test_at_the_base_width_mup_takes_the_published_steps_bit_for_bit(values: dic
     assert all(torch.equal(a, b) for a, b in zip(standard.parameters(), scaled.parameters(), strict=True))
 
 
-def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, steps: range, *, guarded: bool = False) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(4, 3, 16, 16, generator=generator)
         model.losses(images, torch.rand(4, 16, generator=generator)).mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        if guarded:
+            step_where_finite(optimizer, torch.tensor(True))
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
 
+STATE = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "lion": {"exp_avg"}}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 @pytest.mark.parametrize("values", [CRATE, VIT], ids=["crate", "vit"])
-def test_a_restored_optimizer_goes_on_bit_by_bit(values: dict[str, object]) -> None:
-    config = OptimizerConfig(lr=1e-2)
+def test_a_restored_optimizer_goes_on_bit_by_bit(values: dict[str, object], name: str) -> None:
+    config = OptimizerConfig(lr=1e-2, name=name)  # type: ignore[arg-type]
     model = build(values)
     optimizer = create_optimizer(model, config, lr=1e-2)
     train(model, optimizer, range(3))
     tensors = {key: value.clone() for key, value in optimizer_tensors(model, optimizer).items()}
+    hidden = {id(p) for group in optimizer.param_groups if group.get("is_hidden") for p in group["params"]}
     assert tensors.keys() == {
-        f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name, _ in model.named_parameters()
+        f"{kind}.{key}"
+        for key, parameter in model.named_parameters()
+        for kind in ({"momentum_buffer"} if id(parameter) in hidden else STATE.get(name, STATE["adamw"]))
     }
     other = build(values)
     other.load_state_dict(model.state_dict())
@@ -149,3 +166,117 @@ def test_state_of_another_model_is_refused_by_name() -> None:
     optimizer = create_optimizer(model, OptimizerConfig(lr=1e-2), lr=1e-2)
     with pytest.raises(ValueError, match=r"lacks: blocks\.9\.weight"):
         restore_optimizer(model, optimizer, {"exp_avg.blocks.9.weight": torch.zeros(1)})
+
+
+def lion_in_float64(
+    weights: torch.Tensor, gradients: list[torch.Tensor], *, lr: float, betas: tuple[float, float], decay: float
+) -> torch.Tensor:
+    """Program 1 of arXiv:2302.06675, a coordinate at a time."""
+    result = weights.double().clone()
+    for i in range(result.numel()):
+        w, m = float(result.view(-1)[i]), 0.0
+        for gradient in gradients:
+            g = float(gradient.view(-1)[i])
+            c = betas[0] * m + (1 - betas[0]) * g
+            w -= lr * ((c > 0) - (c < 0) + decay * w)
+            m = betas[1] * m + (1 - betas[1]) * g
+        result.view(-1)[i] = w
+    return result
+
+
+def test_lion_follows_its_published_program() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 3, generator=generator)
+    gradients = [torch.randn(5, 3, generator=generator) for _ in range(20)]
+    for dtype, tolerance, is_guarded in (
+        (torch.float64, 1e-14, False),
+        (torch.float32, 1e-6, False),
+        (torch.float32, 1e-6, True),
+    ):
+        weights = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = Lion([{"params": [weights], "weight_decay": 0.5}], lr=0.01, betas=(0.9, 0.99))
+        for gradient in gradients:
+            weights.grad = gradient.to(dtype)
+            step_where_finite(optimizer, torch.tensor(True)) if is_guarded else optimizer.step()
+        expected = lion_in_float64(start, gradients, lr=0.01, betas=(0.9, 0.99), decay=0.5)
+        torch.testing.assert_close(weights.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_muon_moves_a_matrix_along_its_orthogonal_part_and_the_rest_as_adamw_does() -> None:
+    model = build(CRATE)
+    config = OptimizerConfig(lr=1e-2, name="muon", weight_decay=0.1)
+    optimizer = create_optimizer(model, config, lr=1e-2)
+    hidden = {id(p) for group in optimizer.param_groups if group["is_hidden"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in hidden}
+    assert names == {
+        name
+        for name, p in model.named_parameters()
+        if "blocks" in name and name.endswith(("dictionary", "qkv.weight", "proj.weight"))
+    }
+    other = build(CRATE)
+    adamw = create_optimizer(other, OptimizerConfig(lr=1e-2, weight_decay=0.1), lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) for name, p in model.named_parameters()}
+    for network, its_optimizer in ((model, optimizer), (other, adamw)):
+        for name, parameter in network.named_parameters():
+            parameter.grad = gradients[name].clone()
+        its_optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name not in names:
+            assert torch.equal(ours, theirs), name
+            continue
+        # Five iterations bring singular values near 1, to between 0.6 and 1.2; torch's momentum scales the gradient only.
+        update = (before[name] * (1 - 1e-2 * 0.1) - ours.detach()) / (1e-2 * 0.2 * max(ours.shape) ** 0.5)
+        left, _, right = torch.linalg.svd(gradients[name])
+        diagonal = (left.T @ update @ right.T).diagonal()
+        assert float(diagonal[:-1].min()) > 0.4, name
+        assert float(torch.linalg.matrix_norm(update, ord=2)) < 1.35, name
+
+
+NAMES = pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+
+
+@NAMES
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_skipped_step_leaves_weights_and_state_as_they_are(name: str, bad: float) -> None:
+    model, undisturbed = build(CRATE), build(CRATE)
+    config = OptimizerConfig(lr=1e-2, name=name)  # type: ignore[arg-type]
+    optimizer, its_optimizer = (create_optimizer(m, config, lr=1e-2) for m in (model, undisturbed))
+    for step in range(4):
+        if step in (0, 2):  # before there is any state, and after
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, bad)
+            step_where_finite(optimizer, torch.tensor(False))
+            optimizer.zero_grad()
+        train(model, optimizer, range(step, step + 1), guarded=True)
+        train(undisturbed, its_optimizer, range(step, step + 1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+    ours, theirs = optimizer_tensors(model, optimizer), optimizer_tensors(undisturbed, its_optimizer)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@NAMES
+def test_the_step_that_may_be_skipped_is_the_plain_step(name: str) -> None:
+    plain, guarded = build(VIT), build(VIT)
+    config = OptimizerConfig(lr=1e-2, name=name)  # type: ignore[arg-type]
+    first, second = (create_optimizer(m, config, lr=1e-2) for m in (plain, guarded))
+    train(plain, first, range(3))
+    train(guarded, second, range(3), guarded=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), guarded.parameters(), strict=True))
+
+
+def test_torch_without_muon_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"needs torch\.optim\.Muon, which torch .* lacks; install torch"):
+        create_optimizer(build(CRATE), OptimizerConfig(lr=1e-2, name="muon"), lr=1e-2)
+
+
+def test_what_an_optimizer_would_not_use_or_has_no_rule_for_is_refused() -> None:
+    assert OptimizerConfig(lr=1e-2, name="lion").betas == (0.9, 0.99)
+    assert OptimizerConfig.parse(OptimizerConfig(lr=1e-2, name="lion", betas=(0.8, 0.9)).model_dump()).betas == (0.8, 0.9)
+    with pytest.raises(ConfigError, match=r"optimizer\.eps = 1e-06 has no effect: lion"):
+        OptimizerConfig.parse({"lr": 1e-2, "name": "lion", "eps": 1e-6})
+    mup = ["model.parametrization=mup", "model.mup_base_width=64", "model.mup_base_num_heads=2"]
+    with pytest.raises(ConfigError, match="its rule for muon's orthogonal ones is not known"):
+        RunConfig.load("digits_crate_mae", ["optimizer.name=muon", *mup])
