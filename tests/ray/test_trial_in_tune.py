@@ -176,7 +176,7 @@ def first_worker_of(folder: RunFolder) -> int | None:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("each", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [1, pytest.param(5, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_trials_of_two_workers_leave_no_group_and_no_actor_however_they_end(
     each: int, make_trial: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

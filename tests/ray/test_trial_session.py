@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trials import MakeTrial, trial_of
+from trials import MakeTrial, mark_stopped, trial_of
 
 from crate_ray.config import RunConfig
 from crate_ray.launch.sweeps.generations import Pointer
-from crate_ray.launch.sweeps.trial import mark_stopped
 from crate_ray.launch.sweeps.trial_attempt import infeasible_reason
 from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import Lease, RunFolder, read_records, read_status

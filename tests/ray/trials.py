@@ -1,11 +1,13 @@
 """Trials of a sweep over tiny runs on the digits, as Tune would configure them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from json import dumps
 from typing import Any
 
 from crate_ray.config import RunConfig, SweepConfig, resume_parts
 from crate_ray.config.identity import digest
+from crate_ray.runs import RunFolder, read_trial, write_trial
 from crate_ray.training.prepare import absolute_paths, data_digest
 
 MakeTrial = Callable[..., dict[str, Any]]
@@ -35,3 +37,11 @@ def trial_of(config: RunConfig, root: str, *, sweep: dict[str, Any], **more: Any
         "quantities": {"params_m": 0.1},
         **more,
     }
+
+
+def mark_stopped(uri: str) -> None:
+    """Writes into trial.json what a sweep's driver writes when the scheduler has ended the trial."""
+    folder = RunFolder(uri)
+    row = read_trial(folder)
+    assert row is not None
+    write_trial(folder, replace(row, state="STOPPED", reason=None))

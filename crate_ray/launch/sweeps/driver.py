@@ -216,7 +216,7 @@ class _Run:
 
     def run(self) -> SweepOutcome:
         """Both stages."""
-        rows = list_trials(self.folder.uri)
+        rows = _forget_unplanned(self.folder, list_trials(self.folder.uri))
         self.budget.take_in(rows)
         _settle(self.folder, rows)
         self._clear()  # what a session that was killed has left
@@ -305,7 +305,7 @@ class _Run:
         self._free_groups()
         self.cut_short = self.cut_short or search.cut_short  # a screening cut short stays so
         self._write_results()
-        return reason
+        return reason or search.failure
 
     def _size_bounds(self, stage: str) -> list[float]:
         scheduler = self.sweep.scheduler
@@ -370,6 +370,18 @@ class _Run:
             "results.json", {"rows": [row.as_dict() for row in rows], "spent": spent, "counts": dict(counts)}
         )
         return rows
+
+
+def _forget_unplanned(folder: RunFolder, rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Drops what stands for points that made no trial, see `Roster.unplanned`: they are asked again, and may make one now."""
+    kept = []
+    for row in rows:
+        trial = RunFolder(folder.path("trials", row.id))
+        if row.state == "FAILED" and row.total_steps is None and not trial.exists():
+            storage.delete(trial.uri)
+        else:
+            kept.append(row)
+    return kept
 
 
 def _settle(folder: RunFolder, rows: Sequence[TrialRow]) -> None:

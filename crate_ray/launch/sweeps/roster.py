@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from json import dumps
 from typing import Any
 
-from crate_ray import storage
 from crate_ray.config import DataConfig, RunConfig, SweepConfig, digest, resume_parts
 from crate_ray.launch.sweeps.folder import STOP_FILE
 from crate_ray.launch.sweeps.schedulers import Entry, size_class
@@ -76,7 +75,7 @@ class Roster:
         """The trial of a point.
 
         Raises:
-            ConfigError: Its values make no run, or its data is not there.
+            ConfigError: Its values make no run, or its data or first weights are not there.
         """
         config = pin_weights(absolute_paths(point_config(self._sweep, point)))
         if config.data not in self._digests:
@@ -85,7 +84,7 @@ class Roster:
         known = quantities(config, num_samples=self._num_samples)
         steps = config.train.num_steps(self._num_samples)
         assert steps is not None
-        folder = RunFolder(storage.join(self._folder.uri, "trials", name))
+        folder = self.folder_of(name)
         row = TrialRow(
             id=name,
             arm=point.arm,
@@ -110,6 +109,15 @@ class Roster:
         }
         refusal = None if self._worker_bytes is None else memory_reason(config, device_bytes=self._worker_bytes)
         return Planned(point, folder, given, Entry(self._group(point, config, known["params_m"]), steps), row, refusal)
+
+    def unplanned(self, point: Point, reason: str) -> TrialRow:
+        """The row of a point that `plan` refused: FAILED, under a name of its own, for it has no identity without its data."""
+        name = f"{point.arm}-{digest(point.as_dict())[:8]}"
+        return TrialRow(id=name, state="FAILED", reason=reason, **point.as_dict())
+
+    def folder_of(self, name: str) -> RunFolder:
+        """Of a trial."""
+        return RunFolder(self._folder.path("trials", name))
 
     def _group(self, point: Point, config: RunConfig, params_m: float) -> str:
         """Arms never compete: each is to have its best judged. Losses that answer different questions never do either."""

@@ -4,15 +4,12 @@ In: Tune's configuration of a trial (see `TrialSpec`). Out: a result at each eva
 starts before the first `step`, because only by then it is known whether Tune restores the trial from a checkpoint.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from ray import tune
 
 from crate_ray.launch.sweeps.generations import Pointer
 from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
-from crate_ray.runs import RunFolder
-from crate_ray.runs.trials import read_trial, write_trial
 
 
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
@@ -58,17 +55,3 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     def _close(self, reason: str) -> bool:
         session, self._session = self._session, None
         return session is None or session.close(reason=reason)
-
-
-def mark_stopped(folder_uri: str) -> None:
-    """Writes into trial.json that the scheduler has ended a trial, so that no later session goes on with it.
-
-    Only the driver knows: for the trial this end looks like any other.
-
-    Args:
-        folder_uri: The trial's folder, which must have been started.
-    """
-    folder = RunFolder(folder_uri)
-    row = read_trial(folder)
-    assert row is not None, f"no trial in {folder_uri}"
-    write_trial(folder, replace(row, state="STOPPED", reason=None))

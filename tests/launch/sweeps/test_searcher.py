@@ -14,7 +14,7 @@ from crate_ray.launch.sweeps.budget import Budget
 from crate_ray.launch.sweeps.roster import Roster
 from crate_ray.launch.sweeps.searcher import PlannedSearch
 from crate_ray.launch.sweeps.trial_session import TrialSpec
-from crate_ray.runs import RunFolder, TrialRow, list_trials
+from crate_ray.runs import RunFolder, TrialRow, list_trials, write_trial
 from crate_ray.space import make_planner
 from crate_ray.space.point import Point
 
@@ -56,14 +56,19 @@ class Seen:
         self.ended.append(row)
 
 
-def search_of(digits: Path, tmp_path: Path, seen: Seen, points: list[Told] | None = None) -> tuple[PlannedSearch, RunFolder]:
-    """The search of a sweep over two widths, the larger of which needs more than the 4 GiB that a worker has."""
+WIDTHS = {"model.width": {"grid": [64, 4096]}}
+
+
+def search_of(
+    digits: Path, tmp_path: Path, seen: Seen, points: list[Told] | None = None, *, space: Mapping[str, Any] = WIDTHS
+) -> tuple[PlannedSearch, RunFolder]:
+    """The search of a sweep; by default over two widths, the larger of which needs more than the 4 GiB that a worker has."""
     sweep = SweepConfig.parse(
         {
             "name": "sizes",
             "base": "digits_crate_mae",
             "set": {"data.train": f"{digits}/train", "data.eval": f"{digits}/validation", "storage.path": str(tmp_path)},
-            "space": {"model.width": {"grid": [64, 4096]}},
+            "space": dict(space),
             "tune": {"optimizer.lr": {"grid": [1e-4, 1e-3]}},
         }
     )
@@ -125,3 +130,105 @@ def test_a_watcher_that_fails_ends_no_sweep(digits: Path, tmp_path: Path) -> Non
     assert not TrialSpec.parse(proposed).is_stopping()
     folder.write_json("stopping.json", {})
     assert TrialSpec.parse(proposed).is_stopping()
+
+
+SMALL = {"model.width": {"grid": [64]}}
+
+
+def test_a_point_that_makes_no_run_is_a_failed_trial_with_its_reason_and_the_others_are_proposed(
+    digits: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "there.safetensors"
+    weights.write_bytes(b"not read before the trial starts")
+    told: list[Told] = []
+    seen = Seen()
+    space = {"train.init_from": {"choice": [str(tmp_path / "gone.safetensors"), str(weights)]}}
+    search, folder = search_of(digits, tmp_path, seen, told, space=space)
+    proposed = [search.suggest(name) for name in "abc"]
+    assert [isinstance(config, dict) for config in proposed] == [True, True, False]
+    rows = list_trials(folder.uri)
+    assert [(row.state, row.values["train.init_from"]) for row in rows] == [("FAILED", str(tmp_path / "gone.safetensors"))] * 2
+    assert all("gone.safetensors" in (row.reason or "") for row in rows)
+    assert (len(seen.ended), len(seen.started), len(told[0].refused)) == (2, 2, 2)
+
+
+class Silent(Told):
+    """A study whose database is locked."""
+
+    def __init__(self, planner: Any, times: int) -> None:
+        super().__init__(planner)
+        self.times = times
+
+    def ask(self) -> Point | None:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError("database is locked")
+        return super().ask()
+
+    def tell(self, point: Point, values: Mapping[str, float]) -> None:
+        raise OSError("database is locked")
+
+
+def test_a_study_that_does_not_answer_for_a_moment_is_asked_again(digits: Path, tmp_path: Path) -> None:
+    search, _ = search_of(digits, tmp_path, Seen(), space=SMALL)
+    search._planner = Silent(search._planner, 2)  # type: ignore[assignment]
+    proposed = [search.suggest("a") for _ in range(3)]
+    assert proposed[:2] == [None, None]
+    assert isinstance(proposed[2], dict)
+    assert search.failure is None
+
+
+def test_a_study_that_never_answers_lets_the_running_trials_end_and_says_why(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crate_ray.launch.sweeps.searcher.SILENCE_S", 0.0)
+    search, _ = search_of(digits, tmp_path, Seen(), space=SMALL)
+    search._planner = Silent(search._planner, 99)  # type: ignore[assignment]
+    assert search.suggest("a") == "FINISHED"
+    assert search.is_closed
+    assert search.failure == "the search gave no point for 0 s: OSError: database is locked"
+
+
+def test_a_study_that_does_not_take_a_result_costs_nothing_of_the_trial(digits: Path, tmp_path: Path) -> None:
+    seen = Seen()
+    search, folder = search_of(digits, tmp_path, seen, space=SMALL)
+    search._planner = Silent(search._planner, 0)  # type: ignore[assignment]
+    started = started_trial(search, folder, "a", state="FINISHED")
+    search.on_trial_complete("a", {"state": "FINISHED"})
+    search.on_trial_complete("a", error=True)  # as Tune says it of a trial that it could not stop
+    assert [(row.id, row.state) for row in seen.ended] == [(started.id, "FINISHED")]
+    assert isinstance(search.suggest("b"), dict)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "state"),
+    [(None, False, "STOPPED"), ({"state": "FINISHED"}, False, "FAILED"), (None, True, "FAILED")],
+)
+def test_a_trial_whose_own_word_is_lost_has_an_end_all_the_same(
+    result: dict[str, Any] | None, error: bool, state: str, digits: Path, tmp_path: Path
+) -> None:
+    seen = Seen()
+    search, folder = search_of(digits, tmp_path, seen, space=SMALL)
+    started = started_trial(search, folder, "a", state="RUNNING")
+    Path(folder.path("trials", started.id, "trial.json").removeprefix("file://")).write_text('{"half a')
+    search.on_trial_complete("a", result, error=error)
+    assert [(row.id, row.state) for row in list_trials(folder.uri)] == [(started.id, state)]
+    assert [row.state for row in seen.ended] == [state]
+
+
+def test_a_trial_that_was_over_when_its_process_died_stays_over(digits: Path, tmp_path: Path) -> None:
+    seen = Seen()
+    search, folder = search_of(digits, tmp_path, seen, space=SMALL)
+    started_trial(search, folder, "a", state="FINISHED")
+    search.on_trial_complete("a", error=True)
+    assert [row.state for row in seen.ended] == ["FINISHED"]
+
+
+def started_trial(search: PlannedSearch, folder: RunFolder, trial_id: str, *, state: Any) -> TrialRow:
+    """A trial that was proposed, and wrote its state."""
+    config = search.suggest(trial_id)
+    assert isinstance(config, dict)
+    trial = RunFolder(config["folder"])
+    row = TrialRow(id=trial.name, arm="crate", seed=0, state=state, objectives={"eval_loss": 0.5})
+    write_trial(trial, row)
+    return row

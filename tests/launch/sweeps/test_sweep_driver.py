@@ -6,9 +6,9 @@ import pytest
 
 from crate_ray.config import SweepConfig
 from crate_ray.launch.cluster import Capacity
-from crate_ray.launch.sweeps.driver import Silent, _Run
+from crate_ray.launch.sweeps.driver import Silent, _forget_unplanned, _Run
 from crate_ray.launch.train import StopSignals
-from crate_ray.runs import Lease, RunFolder, TrialRow
+from crate_ray.runs import Lease, RunFolder, TrialRow, list_trials
 from crate_ray.runs.trials import write_trial
 
 SWEEP = {
@@ -49,3 +49,14 @@ def test_a_store_that_refuses_for_a_moment_does_not_end_a_sweep(driver: _Run, mo
     driver._look_around()
     monkeypatch.undo()
     assert driver.folder.read_json("spent.json") is None
+
+
+def test_a_point_that_made_no_trial_is_asked_again_by_the_next_session(driver: _Run) -> None:
+    rows = [
+        TrialRow(id="mae-1", arm="mae", seed=0, state="FAILED", reason="no such data"),
+        TrialRow(id="mae-2", arm="mae", seed=0, state="FAILED", reason="its process died again and again", total_steps=60),
+    ]
+    for row in rows:
+        write_trial(RunFolder(driver.folder.path("trials", row.id)), row)
+    assert [row.id for row in _forget_unplanned(driver.folder, rows)] == ["mae-2"]
+    assert [row.id for row in list_trials(driver.folder.uri)] == ["mae-2"]
