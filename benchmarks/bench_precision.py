@@ -35,7 +35,7 @@ def make_step(config: RunConfig, precision: str) -> Callable[[], object]:
         cursor_after=rows,
     )
     model = create_model(model_config).to(device)
-    step = TrainStep(model, create_optimizer(model, config.optimizer, lr=1e-3), config, precision=precision, world_size=1)
+    step = TrainStep(model, create_optimizer(model, config.optimizer, lr=1e-3), config, precision=precision)
     return lambda: step(batch, lr=1e-3).read()
 
 

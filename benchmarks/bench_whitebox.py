@@ -51,7 +51,7 @@ def main() -> None:
 def create_calls(config: RunConfig, device: torch.device, precision: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """One training step, and one measurement, of one model; both wait for the device."""
     model = create_model(config.model).to(device)
-    train_step = TrainStep(model, create_optimizer(model, config.optimizer, lr=1e-4), config, precision=precision, world_size=1)
+    train_step = TrainStep(model, create_optimizer(model, config.optimizer, lr=1e-4), config, precision=precision)
     batch = draw_batch(config)
     size = config.model.image_size
     images_BCHW = torch.randn(EVAL.whitebox_images, 3, size, size, device=device)

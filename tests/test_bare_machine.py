@@ -35,7 +35,7 @@ def train(recipe, folder):
     config = RunConfig.load(recipe, ["train.global_batch=4", "train.precision=float32"])
     model = create_model(config.model)
     optimizer = create_optimizer(model, config.optimizer, lr=1e-3)
-    step = TrainStep(model, optimizer, config, precision="float32", world_size=1)
+    step = TrainStep(model, optimizer, config, precision="float32")
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     whole = torch.zeros(4, dtype=torch.int64)
     batch = Batch(images, whole, torch.rand(4, model.num_patches), torch.ones(4), whole, whole, 4)

@@ -9,7 +9,7 @@ truth: nothing else points at a checkpoint.
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from crate_ray import storage
 from crate_ray.config import SCHEMA_VERSION, ConfigError, ModelConfig
 from crate_ray.models.weight_files import encode_safetensors
 from crate_ray.runs import RunFolder
+from crate_ray.training.sharded import read_whole
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,18 @@ class Checkpoint:
     cursor: int
     train_seconds: float
     files: Mapping[str, Mapping[str, int | str]]
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file, verified.
+        """The tensors of one file, or of its shards joined; verified.
+
+        Raises:
+            ConfigError: The bytes are not those that were written, or there is no such file.
+        """
+        return load(self.read_bytes(name)) if name in self.files else read_whole(self, name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """One file, verified.
 
         Raises:
             ConfigError: The bytes are not those that were written.
@@ -48,7 +58,7 @@ class Checkpoint:
             raise ConfigError(
                 f"checkpoint file {storage.join(self.uri, name)} is damaged (checksum differs); delete its folder"
             )
-        return load(data)
+        return data
 
 
 def save_checkpoint(
@@ -60,6 +70,7 @@ def save_checkpoint(
     model: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     config: ModelConfig | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint; it exists once its manifest does.
 
@@ -71,6 +82,7 @@ def save_checkpoint(
         model: Its state dict.
         optimizer: Its state, flat.
         config: The model's, which then stands in the model file: heads, lambda and eta are not in a state dict.
+        state: What else a run goes on from, as JSON can hold it.
 
     Raises:
         OSError: The store refuses; what was there before is untouched.
@@ -82,9 +94,9 @@ def save_checkpoint(
         data = encode_safetensors(tensors, its_config)
         storage.write_atomic(storage.join(uri, name), data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    body = {"step": step, "cursor": cursor, "train_seconds": train_seconds, "files": files}
+    body = {"step": step, "cursor": cursor, "train_seconds": train_seconds, "files": files, "state": dict(state or {})}
     folder.write_json(f"checkpoints/step_{step:08d}/manifest.json", body)
-    return Checkpoint(uri, step, cursor, train_seconds, files)
+    return Checkpoint(uri, step, cursor, train_seconds, files, state or {})
 
 
 def list_checkpoints(folder: RunFolder) -> list[Checkpoint]:
@@ -106,7 +118,7 @@ def list_checkpoints(folder: RunFolder) -> list[Checkpoint]:
         uri = folder.path("checkpoints", name)
         if _is_whole(uri, manifest):
             values = (manifest["step"], manifest["cursor"], manifest["train_seconds"], manifest["files"])
-            found.append(Checkpoint(uri, *values))
+            found.append(Checkpoint(uri, *values, state=manifest.get("state", {})))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -117,12 +129,17 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
 
 
 def prune_checkpoints(folder: RunFolder, *, keep_last: int) -> None:
-    """Deletes all but the newest and the pinned ones; the manifest goes first, so that a half-deleted one is none."""
+    """Deletes all but the newest and the pinned ones."""
     for checkpoint in list_checkpoints(folder)[:-keep_last]:
         if any(name.startswith(_PIN) for name in storage.list_dir(checkpoint.uri)):
             continue
-        storage.delete(storage.join(checkpoint.uri, "manifest.json"))
-        storage.delete(checkpoint.uri)
+        delete_checkpoint(checkpoint)
+
+
+def delete_checkpoint(checkpoint: Checkpoint) -> None:
+    """Deletes one, pins and all; the manifest goes first, so that a half-deleted one is none."""
+    storage.delete(storage.join(checkpoint.uri, "manifest.json"))
+    storage.delete(checkpoint.uri)
 
 
 def pin_checkpoint(folder: RunFolder, step: int, *, by: str) -> None:

@@ -151,7 +151,7 @@ def coordinate_changes(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = create_model(model)
-    update = TrainStep(network, create_optimizer(network, config.optimizer, lr=lr), config, precision="float32", world_size=1)
+    update = TrainStep(network, create_optimizer(network, config.optimizer, lr=lr), config, precision="float32")
     head = network.head if isinstance(network, Classifier) else network.decoder_pred
     entered: list[Tensor] = []
     with head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):

@@ -33,6 +33,7 @@ from crate_ray.training.first_weights import load_first_weights
 from crate_ray.training.monitor import Monitor
 from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
+from crate_ray.training.parallel import choose_parallel
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.profiling import ProfiledSteps, StepProfiler
 from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
@@ -132,13 +133,19 @@ class Trainer:
         self.cooldown = cooldown_start(config, self.num_samples)
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
         make_deterministic(config)
+        self.parallel = choose_parallel(config.scale, context, self.device)
+        restored = self._agreed_checkpoint()
         self.model = create_model(config.model).to(self.device)
+        if restored is None:
+            load_first_weights(self.model, config)
+        self.parallel.distribute(self.model)
         self.optimizer = create_optimizer(self.model, config.optimizer, lr=self.peak_lr)
-        restored = self._restore()
+        if restored is not None:
+            self._restore(restored)
         self.step = restored.step if restored else 0
         self.train_seconds = restored.train_seconds if restored else 0.0
         self.reader = self._open_reader(restored.cursor if restored else 0)
-        self.train_step = TrainStep(self.model, self.optimizer, config, precision=self.precision, world_size=context.world_size)
+        self.train_step = TrainStep(self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel)
         self.evaluator = (
             Evaluator(config, rank=context.rank, world_size=context.world_size, precision=self.precision)
             if config.data.eval
@@ -166,15 +173,10 @@ class Trainer:
         self._saved_step = self.step if restored else -1
         self._saved_at = time.monotonic()
 
-    def _restore(self) -> Checkpoint | None:
-        checkpoint = self._agreed_checkpoint()
-        if checkpoint is None:
-            load_first_weights(self.model, self.config)
-            return None
-        self.model.load_state_dict(checkpoint.read(MODEL_FILE))
-        restore_optimizer(self.model, self.optimizer, checkpoint.read(OPTIMIZER_FILE))
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.model.load_state_dict(self.parallel.read(checkpoint, MODEL_FILE, self.model))
+        restore_optimizer(self.model, self.optimizer, self.parallel.read(checkpoint, OPTIMIZER_FILE, self.model))
         log.info("resuming %s from step %d", self.folder.name, checkpoint.step)
-        return checkpoint
 
     def _agreed_checkpoint(self) -> Checkpoint | None:
         """Rank 0's newest: on shared storage another rank may not see it yet, or see an older one."""

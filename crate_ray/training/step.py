@@ -2,35 +2,27 @@
 
 In: a worker's rows of the global batch, padded to a static shape with rows of weight 0. Out: updated
 weights, and the loss of the *global* batch. The gradient is the weighted sum over all B rows divided
-by B, whatever the number of workers and micro-batches: DistributedDataParallel averages over W ranks,
-so each rank's sum is scaled by W / B.
+by B, whatever the number of workers and micro-batches: gradients are averaged over W ranks, so each rank's
+sum is scaled by W / B. How they are averaged, and who holds which parameters, is `parallel`'s.
 
 Shapes: B global batch, M rows of this worker, C x H x W image.
 """
 
-import inspect
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import RunConfig
 from crate_ray.config.run import check_pairs
 from crate_ray.data import Batch
 from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.training.nonfinite import find_non_finite
 from crate_ray.training.objective import create_objective
+from crate_ray.training.optimizer import step_where_finite
+from crate_ray.training.parallel import Parallel
 from crate_ray.training.precision import autocast, can_compile
-
-# Position tables are the same on every rank and never change. torch 2.15 renamed the argument that says so.
-_SYNC_BUFFERS = "forward_sync_buffers"
-if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"
-_BUFFERS_STAY: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 
 @dataclass(frozen=True)
@@ -71,11 +63,11 @@ class TrainStep:
     """Forward, backward, all-reduce, clipping and update.
 
     Args:
-        model: On its device already, weights set.
+        model: On its device already, weights set, and distributed.
         optimizer: Of this model's parameters.
         config: Task, batch sizes, clipping, compilation.
         precision: The resolved precision.
-        world_size: Workers; more than one needs an initialised process group.
+        parallel: How workers share the model; by default there is one.
 
     Raises:
         ConfigError: Images are mixed in pairs, and these workers would tear pairs apart.
@@ -88,27 +80,22 @@ class TrainStep:
         config: RunConfig,
         *,
         precision: str,
-        world_size: int,
+        parallel: Parallel | None = None,
     ) -> None:
+        self._parallel = parallel or Parallel()
         if config.data.is_mixing:
-            check_pairs(config, world_size)
+            check_pairs(config, self._parallel.world_size)
         self.device = next(model.parameters()).device
         self._optimizer = optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._precision = precision
-        self._world_size = world_size
-        self._scale = world_size / config.train.global_batch
+        self._scale = self._parallel.world_size / config.train.global_batch
         self._micro_batch = config.train.micro_batch
         self._clip_norm = config.train.clip_norm
         self._objective = create_objective(model, config)
         if config.train.compile and can_compile(self.device):
             self._objective.compile()
-        self._module: nn.Module = self._objective
-        if world_size > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self._module = DistributedDataParallel(
-                self._objective, device_ids=devices, gradient_as_bucket_view=True, **_BUFFERS_STAY
-            )
+        self._module = self._parallel.wrap(self._objective)
 
     def __call__(self, batch: Batch, *, lr: float, votes: Votes = _NO_VOTES) -> "PendingOutcome":
         """Runs one update.
@@ -132,10 +119,8 @@ class TrainStep:
     def _share(self, loss: torch.Tensor, votes: Votes) -> torch.Tensor:
         """Loss of the global batch and sums of the votes, the same on every rank."""
         counts = [float(votes.stop), float(votes.save), float(votes.replaced), float(votes.written)]
-        shared = torch.cat([(loss / self._world_size).view(1), torch.tensor(counts).to(self.device, non_blocking=True)])
-        if self._world_size > 1:
-            dist.all_reduce(shared)
-        return shared
+        mean = (loss / self._parallel.world_size).view(1)
+        return self._parallel.sum_up(torch.cat([mean, torch.tensor(counts).to(self.device, non_blocking=True)]))
 
     def _update(self, is_finite: torch.Tensor) -> None:
         """Steps the optimizer and drops the gradients.
@@ -143,8 +128,18 @@ class TrainStep:
         Args:
             is_finite: On the device, so that nobody waits for it: whether loss and gradient are numbers, on every rank alike.
         """
-        self._optimizer.step()
+        step_where_finite(self._optimizer, is_finite)
         self._optimizer.zero_grad(set_to_none=True)
+
+    def find_non_finite(self, batch: Batch) -> str | None:
+        """Runs a batch again, uncompiled and without an update, and says what of it is not finite first on this rank.
+
+        Communicates as a step does, so every rank calls it at the same time.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            finding = find_non_finite(self._objective, lambda: self._backward(batch))
+        self._optimizer.zero_grad(set_to_none=True)
+        return finding
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         targets_M = self._objective.targets(batch)
@@ -156,10 +151,9 @@ class TrainStep:
             tensors = (batch.images_BCHW, targets_M, batch.weights_B)
             images, targets, weights = (self._to_device(tensor[part]) for tensor in tensors)
             images, targets = self._objective.augment(images, targets, cursor=batch.cursor_after)
-            is_last = start + size >= rows
-            with self._accumulating(is_last), autocast(self._precision, self.device):
-                loss = self._module(images, targets, weights) * self._scale
-            with self._accumulating(is_last):
+            with self._parallel.accumulating(is_last=start + size >= rows):
+                with autocast(self._precision, self.device):
+                    loss = self._module(images, targets, weights) * self._scale
                 loss.backward()
             total += loss.detach()
         return total
@@ -170,16 +164,10 @@ class TrainStep:
             rows = rows.pin_memory()
         return rows.to(self.device, non_blocking=True)
 
-    def _accumulating(self, is_last: bool) -> "nullcontext[None]":
-        """Only the last micro-batch communicates gradients."""
-        if is_last or self._world_size == 1:
-            return nullcontext()
-        return cast("nullcontext[None]", cast(DistributedDataParallel, self._module).no_sync())
-
     def _clip(self) -> torch.Tensor:
         """Norm of the whole gradient before clipping."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self._parallel.total_norm(gradients)
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         return norm

@@ -31,7 +31,7 @@ def test_a_step_on_the_gpu_has_the_loss_and_gradient_of_the_cpu(recipe: str) -> 
         torch.manual_seed(0)
         model = create_model(config.model).to(device)
         optimizer = create_optimizer(model, config.optimizer, lr=1e-3)
-        step = TrainStep(model, optimizer, config, precision="float32", world_size=1)
+        step = TrainStep(model, optimizer, config, precision="float32")
         outcomes.append([step(batch, lr=1e-3).read() for _ in range(3)])
     for cpu, cuda in zip(*outcomes, strict=True):
         assert cuda.loss == pytest.approx(cpu.loss, rel=1e-4)

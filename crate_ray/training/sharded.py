@@ -1,0 +1,180 @@
+"""State in shards: each worker's part of every tensor, in a safetensors file that says where in the tensor it belongs.
+
+In: a state dict with DTensors. Out: this worker's file; and from the files of all workers the same state again, whole or
+sharded over any other number of workers. Who holds and who needs which rows is planned by torch.distributed.checkpoint, and
+the files have the layout of its safetensors storage (its HuggingFaceStorageReader reads them too). Its own writers are not
+used: one pickles its metadata, the other writes to a local path without checksums, and both meet in collectives first; ours
+go through the saver of all checkpoints. The price of verified bytes: a file is read whole, even by a rank that needs few rows.
+
+A checkpoint of one whole file is read in the same way: as a single shard at offset 0.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from crate_ray import storage
+from crate_ray.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_SHARD = re.compile(r"^(.+)\.shard-\d{5}-of-(\d{5})\.safetensors$")
+_SUFFIX = ".safetensors"
+_SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""What torch.distributed.checkpoint calls them in a file's metadata."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Files(Protocol):
+    """The files of a checkpoint."""
+
+    @property
+    def uri(self) -> str: ...  # noqa: D102
+
+    @property
+    def files(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file, verified."""
+        ...
+
+
+def shard_name(name: str, number: int, total: int) -> str:
+    """`model.safetensors` to `model.shard-00001-of-00004.safetensors`, the first of four."""
+    return f"{name.removesuffix(_SUFFIX)}.shard-{number:05d}-of-{total:05d}{_SUFFIX}"
+
+
+def files_of(checkpoint: Files, name: str) -> list[str]:
+    """The file of that name, or its shards in order.
+
+    Raises:
+        ConfigError: The checkpoint has neither, or not all of its shards.
+    """
+    if name in checkpoint.files:
+        return [name]
+    found = {file: match for file in sorted(checkpoint.files) if (match := _SHARD.match(file))}
+    shards = [file for file, match in found.items() if match[1] + _SUFFIX == name]
+    if not shards or len(shards) != int(found[shards[0]][2]):
+        held = ", ".join(sorted(checkpoint.files)) or "nothing"
+        raise ConfigError(f"checkpoint {checkpoint.uri} has no {name}, whole or in shards; it holds: {held}")
+    return shards
+
+
+def local_shards(state: Mapping[str, Tensor], *, has_whole: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """This worker's part of a state, and the metadata of the file that is to hold it.
+
+    Args:
+        state: DTensors and plain tensors.
+        has_whole: Whether the plain tensors, which every worker holds, go into this file.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.tensor import DTensor
+
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner({name: value for name, value in state.items() if has_whole or isinstance(value, DTensor)})
+    tensors, offsets = {}, {}
+    for item in planner.create_local_plan().items:
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, Tensor) and item.tensor_data is not None
+        if tensor.numel():  # of few rows the last workers hold none
+            tensors[item.index.fqn] = tensor.detach()
+            offsets[item.index.fqn] = {_OFFSETS: list(item.tensor_data.chunk.offsets)}
+    return tensors, {_SHARDING: json.dumps(offsets)}
+
+
+def read_whole(checkpoint: Files, name: str) -> dict[str, Tensor]:
+    """A state with all rows of every tensor, on the CPU."""
+    into = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in describe(checkpoint, name).items()}
+    read_into(into, checkpoint, name)
+    return into
+
+
+def describe(checkpoint: Files, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of every tensor of a state, from the headers of its files."""
+    tensors = _Layout(checkpoint, name).tensors
+    return {key: (found.size, found.properties.dtype) for key, found in tensors.items()}
+
+
+def read_into(state: dict[str, Tensor], checkpoint: Files, name: str) -> None:
+    """Fills tensors, this worker's rows of DTensors, from the files that have these rows; without a collective.
+
+    Raises:
+        ConfigError: A tensor is missing or of another shape, or a file is damaged.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    layout = _Layout(checkpoint, name)
+    _refuse_misfits(state, layout, checkpoint, name)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state, Metadata(state_dict_metadata=dict(layout.tensors)))
+    wanted = defaultdict(list)
+    for item in planner.create_local_plan().items:
+        wanted[layout.homes[item.storage_index]].append(item)
+    for file, items in wanted.items():
+        held = safetensors.torch.load(checkpoint.read_bytes(file))
+        for item in items:
+            rows = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+            planner.resolve_tensor(item).detach().copy_(held[item.storage_index.fqn][rows])
+
+
+class _Layout:
+    """What a state consists of, and which file has which part: `tensors` by name, `homes` by name and offset."""
+
+    def __init__(self, checkpoint: Files, name: str) -> None:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.homes: dict[MetadataIndex, str] = {}
+        for file in files_of(checkpoint, name):
+            header = _read_header(storage.join(checkpoint.uri, file))
+            offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "{}"))
+            for key, entry in header.items():
+                shape = entry["shape"]
+                offset = offsets[key][_OFFSETS] if key in offsets else [0] * len(shape)
+                found = self.tensors.setdefault(key, _empty(entry["dtype"], len(shape)))
+                found.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
+                ends = [at + size for at, size in zip(offset, shape, strict=True)]
+                found.size = torch.Size([max(pair) for pair in zip(found.size, ends, strict=True)])
+                self.homes[MetadataIndex(key, torch.Size(offset))] = file
+
+
+def _empty(dtype: str, num_axes: int) -> "TensorStorageMetadata":
+    from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
+
+    return TensorStorageMetadata(TensorProperties(dtype=_DTYPES[dtype]), torch.Size([0] * num_axes), [])
+
+
+def _read_header(uri: str) -> dict[str, Any]:
+    """Names, types and shapes of a safetensors file, without its tensors."""
+    with storage.open_input(uri) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
+def _refuse_misfits(state: Mapping[str, Tensor], layout: _Layout, checkpoint: Files, name: str) -> None:
+    problems = [f"{key} is missing" for key in sorted(state.keys() - layout.tensors.keys())]
+    problems += [
+        f"{key} is {tuple(layout.tensors[key].size)} there and {tuple(value.shape)} here"
+        for key, value in state.items()
+        if key in layout.tensors and layout.tensors[key].size != value.shape
+    ]
+    if problems:
+        raise ConfigError(f"{name} of checkpoint {checkpoint.uri} does not fit this run: {'; '.join(problems[:5])}")
