@@ -14,7 +14,7 @@ from crate_ray.analysis.objectives import MEASURES, Measure, count_text, key_nam
 from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.config import Domain, SweepConfig
-from crate_ray.runs import TRIAL_STATES
+from crate_ray.runs import TRIAL_STATES, TrialRow
 
 _SHOWN_TRIALS = 10  # of an arm
 _SHOWN_POINTS = 30
@@ -110,12 +110,20 @@ def counts(findings: SweepFindings, *, planned: int | None, refused: Mapping[str
     notes += [
         f"Refused before they cost anything: {count_text(count, 'point')}, {reason}." for reason, count in refused.items()
     ]
-    for state, verb in (("INFEASIBLE", "Infeasible"), ("FAILED", "Failed"), ("KILLED", "Killed")):
-        reasons = Counter(_first_line(row.reason) for row in findings.rows if row.state == state)
-        notes += [f"{verb}: {count_text(count, 'trial')}, {reason}." for reason, count in reasons.most_common(_SHOWN_REASONS)]
-        if rest := reasons.total() - sum(count for _, count in reasons.most_common(_SHOWN_REASONS)):
-            notes.append(f"{verb}: {rest} trials more, for other reasons.")
+    notes += end_texts(findings.rows)
     return "\n\n".join([*parts, *([bullets(notes)] if notes else [])])
+
+
+def end_texts(rows: Sequence[TrialRow]) -> list[str]:
+    """How many trials ended without a result, and why: a sentence for each reason."""
+    texts = []
+    for state, verb in (("INFEASIBLE", "Infeasible"), ("FAILED", "Failed"), ("KILLED", "Killed")):
+        reasons = Counter(_first_line(row.reason) for row in rows if row.state == state)
+        shown = reasons.most_common(_SHOWN_REASONS)
+        texts += [f"{verb}: {count_text(count, 'trial')}, {reason}." for reason, count in shown]
+        if rest := reasons.total() - sum(count for _, count in shown):
+            texts.append(f"{verb}: {count_text(rest, 'trial')} more, for other reasons.")
+    return texts
 
 
 def _first_line(reason: str | None) -> str:

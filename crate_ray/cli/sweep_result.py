@@ -15,6 +15,7 @@ from crate_ray.analysis.confirmed import ArmDifference
 from crate_ray.analysis.objectives import MEASURES, key_names, value_text
 from crate_ray.analysis.ranking import ArmRanking, Ranking
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
+from crate_ray.analysis.sweep_sections import end_texts
 from crate_ray.cli.output import console, print_table, print_text
 from crate_ray.cli.progress import duration
 from crate_ray.cli.sweep_forecast import error_text
@@ -208,7 +209,11 @@ def print_end(outcome: "SweepOutcome", summary: dict[str, Any]) -> None:
         state += " before; nothing was run"
     lines = [f"{summary['sweep']}: {state}", _count_text(outcome.rows, summary["refused"])]
     lines += [f"no further trial was started: {summary['cut_short']}"] if summary["cut_short"] else []
-    for line in (*lines, *_cost_lines(summary)):
+    for line in lines:
+        print_text(line)
+    for line in end_texts(outcome.rows):
+        print_text(line, style="yellow")
+    for line in _cost_lines(summary):
         print_text(line)
     links = summary["links"]
     console.print(f"report  {escape(links['report'])}", soft_wrap=True)

@@ -142,7 +142,8 @@ class SweepScreen:
             counts = self._done_of()
         if not self._is_terminal:
             self._last_line = time.monotonic()
-            errors.print(f"{counts}  {self._line_text(self._line(row))}", soft_wrap=True, markup=False)
+            why = f"  {row.reason.splitlines()[0]}" if row.reason else ""
+            errors.print(f"{counts}  {self._line_text(self._line(row))}{why}", soft_wrap=True, markup=False)
 
     def _count(self, row: TrialRow) -> None:
         """Takes an end in; the newest of a trial that ended before, in this session or an earlier one."""

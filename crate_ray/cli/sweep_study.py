@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SweepStudy:
-    """A sweep and who watches it; a context manager. Its methods for events are those of `launch.sweep.SweepEvents`.
+    """A sweep and who watches it; a context manager. Its methods for events are those of `SweepEvents`.
 
     Args:
         sweep: As loaded.

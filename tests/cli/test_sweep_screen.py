@@ -103,10 +103,23 @@ def test_a_file_gets_one_line_for_each_end_and_a_line_now_and_then(terminal, tmp
     with SweepScreen(SweepConfig.parse(SWEEP)) as screen:
         screen.known([], total=2)
         screen.trial_started(trial(1), RunFolder(str(tmp_path / "a")))
-        time.sleep(0.5)
+        deadline = time.monotonic() + 5
+        while not written.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         screen.trial_ended(trial(1, "FINISHED", step=600, objectives={"eval_loss": 0.25, "images_per_s": 900.0}))
     lines = written.getvalue().splitlines()
     assert lines[-1] == "1/2  crate-00000001  4x128 lr3e-4  done  step 600/600  eval loss 0.2500  images/s 900"
     assert set(lines[:-1]) == {"0 of 2 done, 1 running, 1 waiting"}
     assert 1 <= len(lines[:-1]) <= 2
     assert "\x1b" not in written.getvalue()
+
+
+def test_a_line_says_why_a_trial_has_no_result(terminal) -> None:
+    written = terminal(is_terminal=False)
+    with SweepScreen(SweepConfig.parse(SWEEP)) as screen:
+        screen.known([], total=2)
+        screen.trial_ended(trial(1, "FAILED", step=60, reason="no shards at data/train\nbuild them first"))
+    assert written.getvalue().splitlines() == [
+        "1/2  crate-00000001  4x128 lr3e-4  failed  step 60/600  no shards at data/train"
+    ]
