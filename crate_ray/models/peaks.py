@@ -6,9 +6,6 @@ reaches depends on clocks under vector load, so there it is for the user to say 
 """
 
 import re
-from typing import Literal
-
-Precision = Literal["float32", "bfloat16"]
 
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("H200", {"bfloat16": 989.4, "float32": 66.9}),
@@ -22,6 +19,6 @@ PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 """Dense TFLOP/s that NVIDIA prints, by whole words of the device's name; the first match counts. float32 is without TF32."""
 
 
-def peak_tflops(device_name: str, precision: Precision) -> float | None:
+def peak_tflops(device_name: str, precision: str) -> float | None:
     """Dense TFLOP/s of a device; None for one that is not in the table."""
     return next((peaks[precision] for words, peaks in PEAK_TFLOPS if re.search(rf"\b{words}\b", device_name)), None)

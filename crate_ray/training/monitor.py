@@ -9,7 +9,7 @@ which the loop has waited already. The trade-off: numbers of a window are means 
 import logging
 import resource
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn
 
 from crate_ray.config import RunConfig
 from crate_ray.models.cost import training_flops_per_image
-from crate_ray.models.peaks import Precision, peak_tflops
+from crate_ray.models.peaks import peak_tflops
 from crate_ray.runs import MetricSink, WorkerContext
 from crate_ray.training.norms import BlockNorms
 from crate_ray.training.profiling import StepProfiler
@@ -55,7 +55,7 @@ class Monitor:
         *,
         context: WorkerContext,
         sink: MetricSink,
-        precision: Precision,
+        precision: str,
         profiler: StepProfiler | None = None,
     ) -> None:
         self._global_batch, self._world_size, self._rank = config.train.global_batch, context.world_size, context.rank
@@ -71,7 +71,7 @@ class Monitor:
         flops = training_flops_per_image(config.model)
         self._mfu_of_image = None if peak is None else flops / (self._world_size * peak * 1e12)
         self._outcomes: list[StepOutcome] = []
-        self._paused_s: Counter[str] = Counter()
+        self._paused_s: defaultdict[str, float] = defaultdict(float)
 
     @property
     def images_per_s(self) -> float | None:
@@ -148,8 +148,8 @@ class Monitor:
 
     def _pauses(self, window: Window) -> dict[str, float]:
         """Shares of all time since the last window, this rank's: what went into checkpoints, and into evaluation."""
-        paused, self._paused_s = self._paused_s, Counter()
-        whole_s = max(window.seconds + paused.total(), 1e-9)
+        paused, self._paused_s = self._paused_s, defaultdict(float)
+        whole_s = max(window.seconds + sum(paused.values()), 1e-9)
         return {f"perf/{what}_wait_fraction": paused[what] / whole_s for what in ("checkpoint", "eval")}
 
 
@@ -164,7 +164,7 @@ def _means(outcomes: Sequence[StepOutcome]) -> dict[str, float]:
     }
 
 
-def device_peak_tflops(config: RunConfig, device: torch.device, precision: Precision) -> float | None:
+def device_peak_tflops(config: RunConfig, device: torch.device, precision: str) -> float | None:
     """What MFU is a share of: `scale.peak_tflops`, or what the vendor of a known GPU prints; None for any other."""
     if config.scale.peak_tflops is not None:
         return config.scale.peak_tflops
