@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -28,6 +29,8 @@ GPU_LOOK_S = 30.0
 
 
 GROW_TIMEOUT_S = 900  # a worker group waits so long for nodes that an autoscaler still has to start
+ELASTIC_TIMEOUT_S = 15  # so long for room that was just seen; then the cluster is looked at again
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 @dataclass(frozen=True)
@@ -149,30 +152,35 @@ def worker_need(scale: ScaleConfig) -> dict[str, float]:
 
 
 def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
-    """Settles `use_gpu: auto`, and refuses what can never fit.
+    """Settles `use_gpu: auto`, and refuses what can never fit; of a range, its least.
 
     Raises:
         ConfigError: More CPUs or GPUs are asked for than the cluster can have.
     """
     have = capacity()
     gpus = max(have.total("GPU"), have.limit.get("GPU", 0.0))
-    scale = scale.model_copy(update={"use_gpu": gpus >= scale.num_workers if scale.use_gpu == "auto" else scale.use_gpu})
+    least = scale.min_workers
+    scale = scale.model_copy(update={"use_gpu": gpus >= least if scale.use_gpu == "auto" else scale.use_gpu})
     need = worker_need(scale)
     fit = have.workers(need)
-    if fit >= scale.num_workers:
-        return scale
-    if have.limit and all(scale.num_workers * amount <= have.limit.get(key, 0.0) for key, amount in need.items()):
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROW_TIMEOUT_S))
+    _set_start_timeout(scale, have)
+    if fit >= least or (have.limit and all(least * amount <= have.limit.get(key, 0.0) for key, amount in need.items())):
         return scale
     asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
     there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
     fix = f"use at most {fit} workers, or lower scale.cpus_per_worker" if fit else "lower scale.cpus_per_worker, or add nodes"
-    if scale.use_gpu and gpus < scale.num_workers:
+    if scale.use_gpu and gpus < least:
         fix += ", or set scale.use_gpu=false"
-    raise ConfigError(
-        f"scale.num_workers = {scale.num_workers} of {asked} each do not fit: the cluster's nodes have {there}, "
-        f"room for {fit}; {fix}"
-    )
+    key = "scale.num_workers.min" if scale.is_elastic else "scale.num_workers"
+    raise ConfigError(f"{key} = {least} of {asked} each do not fit: the cluster's nodes have {there}, room for {fit}; {fix}")
+
+
+def _set_start_timeout(scale: ScaleConfig, have: Capacity) -> None:
+    """How long a group waits for its room: for nodes that an autoscaler starts; briefly, where fewer workers would do."""
+    if scale.is_elastic:
+        os.environ.setdefault(_START_TIMEOUT, str(ELASTIC_TIMEOUT_S))
+    elif have.limit:
+        os.environ.setdefault(_START_TIMEOUT, str(GROW_TIMEOUT_S))
 
 
 def check_preprocessing(config: RunConfig) -> None:
@@ -188,10 +196,11 @@ def check_preprocessing(config: RunConfig) -> None:
         return
     have, scale = capacity(), config.scale
     cpus = max(have.total("CPU"), have.limit.get("CPU", 0.0))
-    need = scale.num_workers * (scale.cpus_per_worker + 1)
+    workers = scale.max_workers  # room for fewer would be filled by workers, and none left for their actors
+    need = workers * (scale.cpus_per_worker + 1)
     if cpus < need:
         raise ConfigError(
-            f"data.preprocess = ray_data decodes on CPUs beside those of the workers: {scale.num_workers} workers of "
+            f"data.preprocess = ray_data decodes on CPUs beside those of the workers: {workers} workers of "
             f"{scale.cpus_per_worker:g} CPU and one actor of 1 CPU for each need {need:g}, and the cluster has {cpus:g}; add "
             "nodes, lower scale.num_workers, or leave data.preprocess out"
         )
@@ -247,16 +256,22 @@ def check_trial_fits(resources: TrialResources, have: Capacity) -> None:
     Raises:
         ConfigError: What a trial takes, and what the nodes have.
     """
-    if trial_room(resources, have) > 0:
-        return
+    if trial_room(resources, have) == 0:
+        raise ConfigError(
+            f"resources_per_trial: {fit_problem(resources, have)}; lower resources_per_trial.num_workers, .cpus or .gpus, or "
+            "add nodes"
+        )
+
+
+def fit_problem(resources: TrialResources, have: Capacity) -> str:
+    """What a trial takes and the nodes do not have."""
     need = trial_need(resources)
     asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
     there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
     grow = f" and can grow to {' and '.join(f'{have.limit.get(key, 0.0):g} {key}' for key in need)}" if have.limit else ""
-    raise ConfigError(
-        f"resources_per_trial: a trial takes {resources.num_workers} x {asked} and never fits: the cluster's nodes have "
-        f"{there}{grow}, room for {have.workers_at_most(need)} such workers; lower resources_per_trial.num_workers, .cpus or "
-        ".gpus, or add nodes"
+    return (
+        f"a trial takes {resources.num_workers} x {asked} and never fits: the cluster's nodes have {there}{grow}, room for "
+        f"{have.workers_at_most(need)} such workers"
     )
 
 

@@ -11,19 +11,30 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
-from crate_ray.launch.cluster import capacity, check_population_fits, check_trial_fits, connect, trial_room, worker_bytes
+from crate_ray.launch.cluster import (
+    capacity,
+    check_population_fits,
+    check_trial_fits,
+    connect,
+    fit_problem,
+    trial_room,
+    worker_bytes,
+)
 from crate_ray.launch.placement import free_orphaned_groups
 from crate_ray.launch.sweeps.budget import Budget
 from crate_ray.launch.sweeps.experiment import SCRATCH, Experiment
-from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, write_sweep
+from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, withdraw_sweep, write_sweep
+from crate_ray.launch.sweeps.generations import runs_of
 from crate_ray.launch.sweeps.roster import Roster
 from crate_ray.launch.sweeps.schedulers import size_bounds
 from crate_ray.launch.sweeps.searcher import PlannedSearch, Watcher
@@ -53,6 +64,7 @@ from crate_ray.training.prepare import absolute_paths
 log = logging.getLogger(__name__)
 
 ROOM_S = 5.0  # between two looks at what the cluster has, and at what trials may have left behind
+_READERS = 16
 # Tune's output, loggers, signal handler and own checkpoints are not wanted: folders and records are ours.
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -139,7 +151,7 @@ def run_sweep(
         on_stop: Called once with the signal, when a stop has been passed on.
 
     Raises:
-        ConfigError: The sweep cannot start; nothing was written.
+        ConfigError: The sweep cannot start; nothing was written, or its status alone, with the reason.
         LeaseLostError: Another driver took the sweep over.
     """
     folder = locate_sweep(sweep)
@@ -158,13 +170,24 @@ def run_sweep(
     with StopSignals() as signals:
         lease = Lease.take(folder)
         with failure_written(lease):
-            uid = write_sweep(folder, sweep)
-            on_start(folder)
+            uid = _begin(folder, sweep, on_start)
             run = _Run(sweep, folder, lease, signals, events or Silent(), on_poll, on_stop, num_samples, uid)
             outcome = run.run()
         lease.end(outcome.state, outcome.reason)
     on_poll()
     return outcome
+
+
+def _begin(folder: RunFolder, sweep: SweepConfig, on_start: Callable[[RunFolder], None]) -> str:
+    """Writes the sweep down and tells the caller; what the caller refuses leaves the sweep.yaml that was there, or none."""
+    held = read_sweep(folder)
+    uid = write_sweep(folder, sweep)
+    try:
+        on_start(folder)
+    except ConfigError:
+        withdraw_sweep(folder, held)
+        raise
+    return uid
 
 
 def _is_done(folder: RunFolder, sweep: SweepConfig) -> bool:
@@ -212,7 +235,8 @@ class _Run:
         self.grace_s = arm_config(sweep, next(iter(arms(sweep)))).checkpoint.stop_grace_s
         self.cut_short: str | None = None
         self.is_stopping = threading.Event()
-        self._room, self._looked_at = self._find_room(), 0.0
+        self._room, self._looked_at = 1, 0.0
+        self._room = self._find_room()
 
     def run(self) -> SweepOutcome:
         """Both stages."""
@@ -354,7 +378,12 @@ class _Run:
         self.events.notes(*_notes(self.sweep, spent))
 
     def _find_room(self) -> int:
-        room = trial_room(self.sweep.resources_per_trial, capacity())
+        resources, have = self.sweep.resources_per_trial, capacity()
+        room = trial_room(resources, have)
+        if room == 0 < self._room:
+            log.warning("no trial can start, the sweep waits for nodes: %s", fit_problem(resources, have))
+        elif room > 0 == self._room:
+            log.warning("there is room for %d trials again", room)
         return min(room, self.sweep.max_concurrent or room)
 
     def _free_groups(self) -> None:
@@ -385,13 +414,14 @@ def _forget_unplanned(folder: RunFolder, rows: Sequence[TrialRow]) -> list[Trial
 
 
 def _settle(folder: RunFolder, rows: Sequence[TrialRow]) -> None:
-    """Ends the status of runs that were stopped by the scheduler and whose process died before it could write so."""
-    for row in rows:
-        trial = RunFolder(folder.path("trials", row.id))
-        status = read_status(trial) if row.state == "STOPPED" else None
-        if status is not None and status.state == "RUNNING":
-            reason = "stopped by the scheduler; its process died before it wrote a checkpoint"
-            write_status(trial, replace(status, state="KILLED", ended=status.heartbeat, reason=reason))
+    """Ends the status of runs that nobody goes on with and whose process died before it could: of trials that are over."""
+    over = [RunFolder(folder.path("trials", row.id)) for row in rows if row.is_over]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for run in chain.from_iterable(pool.map(runs_of, over)):
+            status = read_status(run)
+            if status is not None and status.state == "RUNNING":
+                reason = "its trial is over; its process died before it wrote a checkpoint"
+                write_status(run, replace(status, state="KILLED", ended=status.heartbeat, reason=reason))
 
 
 def _notes(sweep: SweepConfig, spent: dict[str, float]) -> list[str]:

@@ -53,6 +53,19 @@ def write_sweep(folder: RunFolder, sweep: SweepConfig) -> str:
     return str(meta["run_uid"])
 
 
+def withdraw_sweep(folder: RunFolder, before: SweepConfig | None) -> None:
+    """Takes `write_sweep` back.
+
+    Args:
+        folder: Of the sweep.
+        before: What was there; None where there was no sweep.
+    """
+    if before is None:
+        storage.delete(folder.path("sweep.yaml"))
+    else:
+        write_sweep(folder, before)
+
+
 def identity(sweep: SweepConfig) -> dict[str, Any]:
     """What the trials of a sweep and the choice among them follow from, as a flat mapping."""
     values = {key: value for key, value in sweep.model_dump(mode="json").items() if key not in (*_MAY_CHANGE, "name")}

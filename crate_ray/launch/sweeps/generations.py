@@ -75,6 +75,12 @@ def point_to(trial: RunFolder, run: RunFolder, *, step: int) -> Pointer:
     return Pointer(trial.uri, run.uri, checkpoints[-1].step if checkpoints else step)
 
 
+def runs_of(trial: RunFolder) -> list[RunFolder]:
+    """Every run folder of a trial: its own, its clones and its rungs."""
+    below = [name for name in storage.list_dir(trial.uri) if name.startswith(("gen_", "rung_"))]
+    return [trial, *(RunFolder(trial.path(name)) for name in below)]
+
+
 def newest_generation(trial: RunFolder) -> Generation:
     """The trial's newest whole clone, or the trial itself."""
     for name in reversed(_clones(trial)):
