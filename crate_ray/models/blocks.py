@@ -12,10 +12,12 @@ Shapes: B batch, N tokens with the class token, M tokens asked for, D width, H h
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from crate_ray.models.linear import Linear, linear
 from crate_ray.models.patches import take_tokens
@@ -128,7 +130,25 @@ def _attention(width: int, num_heads: int, *, tied: bool, qkv_bias: bool) -> "Su
     return SubspaceAttention(width, num_heads) if tied else SelfAttention(width, num_heads, qkv_bias=qkv_bias)
 
 
-class CrateEncoderLayer(nn.Module):
+class Layer(nn.Module):
+    """What the layers have in common: each computes its outputs in `compute`, and can do so twice.
+
+    Attributes:
+        recompute: In training, keep the layer's input alone and compute the rest again in the backward pass. The numbers are
+            the same; memory falls by what a layer keeps, and a step has one more forward pass (`models.memory` counts both).
+    """
+
+    compute: Callable[..., Tensor]
+    recompute = False
+
+    def forward(self, *tokens: Tensor | None) -> Tensor:
+        """See `compute`."""
+        if self.recompute and torch.is_grad_enabled():  # nothing here draws random numbers, so their state need not be kept
+            return checkpoint(self.compute, *tokens, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return self.compute(*tokens)
+
+
+class CrateEncoderLayer(Layer):
     r"""Compression, then sparsification.
 
     .. math:: Z' = Z + MSSA(LN_1(Z)),  Z^+ = ISTA(LN_2(Z'))
@@ -156,13 +176,13 @@ class CrateEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.ista = IstaStep(width, step_size=step_size, lam=lam, learnable=learnable)
 
-    def forward(self, z_BND: Tensor) -> Tensor:
+    def compute(self, z_BND: Tensor) -> Tensor:
         """Z^{l+1} from Z^l."""
         half_BND = z_BND + self.attn(self.norm1(z_BND))
         return self.ista(self.norm2(half_BND))  # type: ignore[no-any-return]
 
 
-class CrateDecoderLayer(nn.Module):
+class CrateDecoderLayer(Layer):
     r"""The encoder layer run backwards: synthesis, then the inverse of a compression.
 
     .. math:: Y' = E LN_1(Y),  Y^+ = Y' - MSSA(LN_2(Y'))
@@ -179,7 +199,7 @@ class CrateDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.attn = SubspaceAttention(width, num_heads)
 
-    def forward(self, y_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+    def compute(self, y_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
         """Y^{l+1} from Y^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""
         synthesis_BND = linear(self.norm1(y_BND), self.dictionary)
         compressed = self.attn(self.norm2(synthesis_BND), wanted_BM)
@@ -231,7 +251,7 @@ class Mlp(nn.Module):
         return self.fc2(functional.gelu(self.fc1(x_BND)))  # type: ignore[no-any-return]
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Layer):
     r"""The pre-norm layer of ViT and MAE.
 
     .. math:: X' = X + Attention(LN_1(X)),  X^+ = X' + MLP(LN_2(X'))
@@ -250,7 +270,7 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
+    def compute(self, x_BND: Tensor, wanted_BM: Tensor | None = None) -> Tensor:
         """X^{l+1} from X^l: every token, or those at the given positions, (B, M, D); each token is still a key and a value."""
         half = _residual(x_BND, wanted_BM) + self.attn(self.norm1(x_BND), wanted_BM)
         return half + self.mlp(self.norm2(half))  # type: ignore[no-any-return]

@@ -64,6 +64,19 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(trainable + tables, trainable + tables, trainable, encoder)
 
 
+def count_hidden_parameters(config: ModelConfig) -> int:
+    """Entries of the matrices between tokens of a width and tokens of a width: what Muon updates where it is chosen."""
+    d, e = config.width, config.decoder_width
+    attention = (2 if config.num_heads > 1 else 1) if config.is_tied else 4
+    encoder = d * (attention * d + (d if config.has_ista else 2 * config.mlp_width))
+    of_encoder = config.num_encoder_layers * encoder
+    if config.num_classes is not None:
+        return of_encoder
+    decoder_products = 12 if config.family == "vit" else 3 if config.decoder_num_heads > 1 else 2
+    decoder_embed = d * e if config.encoder_tokens == "visible" else 0
+    return of_encoder + config.decoder_depth * decoder_products * e * e + decoder_embed
+
+
 def forward_flops(
     config: ModelConfig, *, ista_products: Literal[2, 3] = 2, predicted: Literal["masked", "all"] = "masked"
 ) -> int:

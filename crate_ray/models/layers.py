@@ -8,7 +8,7 @@ decoder is discarded after pretraining and stays the family's.
 from torch import Tensor, nn
 
 from crate_ray.config import ConfigError, ModelConfig
-from crate_ray.models.blocks import CrateDecoderLayer, CrateEncoderLayer, TransformerLayer
+from crate_ray.models.blocks import CrateDecoderLayer, CrateEncoderLayer, Layer, TransformerLayer
 
 
 def encoder_layers(config: ModelConfig) -> nn.ModuleList:
@@ -31,6 +31,24 @@ def decoder_layers(config: ModelConfig) -> nn.ModuleList:
         CrateDecoderLayer(config.decoder_width, config.decoder_num_heads, eps=config.block_norm_eps)
         for _ in range(config.decoder_depth)
     )
+
+
+def distinct_layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer of encoder and decoder once, first layer first: what is compiled, recomputed or sharded by itself."""
+    return [layer for name in ("blocks", "decoder_blocks") for layer in getattr(model, name, ())]
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Has each layer keep its input only, and compute the rest again in the backward pass."""
+    for layer in distinct_layers(model):
+        assert isinstance(layer, Layer)
+        layer.recompute = True
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each layer by itself, in place; layers of one kind share one compilation."""
+    for layer in distinct_layers(model):
+        layer.compile(fullgraph=True)
 
 
 def check_images(config: ModelConfig, images_BCHW: Tensor) -> None:

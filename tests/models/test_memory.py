@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from crate_ray.config import PRESETS, ModelConfig
 from crate_ray.models import MaskedAutoencoder, blocks, create_model
-from crate_ray.models.cost import count_parameters
-from crate_ray.models.memory import activation_bytes, training_state_bytes
+from crate_ray.models.cost import count_hidden_parameters, count_parameters
+from crate_ray.models.layers import recompute_layers
+from crate_ray.models.memory import activation_bytes, largest_layer_bytes, training_state_bytes
+from crate_ray.models.parametrization import role_of
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 48, "num_heads": 3, "encoder_depth": 2, "decoder_depth": 3}
 NARROW: dict[str, Any] = {"encoder_tokens": "visible", "decoder_width": 32, "decoder_num_heads": 4}
@@ -62,10 +64,12 @@ def kept_bytes(run: Callable[[], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def bytes_of_one_more_image(config: ModelConfig, precision: str) -> int:
+def bytes_of_one_more_image(config: ModelConfig, precision: str, *, recompute: bool = False) -> int:
     """The difference of two batch sizes: what does not grow, as weights and their bfloat16 copies, drops out."""
     torch.manual_seed(0)
     model = create_model(config)
+    if recompute:
+        recompute_layers(model)
     totals = []
     for batch in (2, 3):
         images, noise = torch.randn(batch, 3, config.image_size, config.image_size), torch.rand(batch, config.num_patches)
@@ -94,6 +98,22 @@ def test_activations_in_bfloat16_are_what_autograd_keeps_by_a_gpus_rules(name: s
     monkeypatch.setattr(blocks, "attend", functional.scaled_dot_product_attention)
     config = ModelConfig.parse(SHAPES[name])
     assert activation_bytes(config, precision="bfloat16") == bytes_of_one_more_image(config, "bfloat16")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputed_layers_keep_their_inputs_to_the_byte(name: str, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_layer_norm_in_float32(monkeypatch)
+    config = ModelConfig.parse(SHAPES[name])
+    kept = activation_bytes(config, precision=precision, recompute=True) - largest_layer_bytes(config, precision=precision)
+    assert kept == bytes_of_one_more_image(config, precision, recompute=True)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_hidden_matrices_are_those_whose_role_is_hidden(name: str) -> None:
+    config = ModelConfig.parse(SHAPES[name])
+    matrices = [p.numel() for key, p in create_model(config).named_parameters() if role_of(key, p) == "hidden"]
+    assert count_hidden_parameters(config) == sum(matrices)
 
 
 def test_plain_attention_of_a_cpu_in_bfloat16_keeps_its_weights_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
