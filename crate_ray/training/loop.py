@@ -228,7 +228,7 @@ class Trainer:
             self.train_seconds += self.monitor.step_done(self.step)
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
-                self.monitor.log(self.step, lr=lr, passes=self._epochs())
+                self.monitor.log(self.step, lr=lr, others=self._epochs())
             evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
             if self.is_saving or self.step == self.cooldown or self._is_due(self.config.checkpoint.every_steps, at_end=False):
                 self._save()

@@ -109,13 +109,13 @@ class Monitor:
         """Records that the checkpoint of a step is whole."""
         self._sink.write(step, {"checkpoint/step": step})
 
-    def log(self, step: int, *, lr: float, passes: Mapping[str, float]) -> None:
+    def log(self, step: int, *, lr: float, others: Mapping[str, float]) -> None:
         """Records the window of steps since the last call, all of which were observed; a collective.
 
         Args:
             step: The last of them.
             lr: Learning rate of that step.
-            passes: Over the data, by key.
+            others: What is recorded beside: passes over the data, skipped steps.
         """
         outcomes, self._outcomes = [o for o in self._outcomes if o.is_finite], []
         window, memory = self._worst_of_ranks(self._throughput.window())
@@ -124,7 +124,7 @@ class Monitor:
         values = {
             **_means(outcomes),
             "train/lr": lr,
-            **passes,
+            **others,
             **memory,
             **window.metrics(self._global_batch),
             **self._pauses(window),
