@@ -285,7 +285,7 @@ class ScaleConfig(Frozen):
     def _number_or_range(cls, value: Any) -> Any:
         """Checked as a whole: pydantic would report each branch of the union."""
         given = value.model_dump() if isinstance(value, WorkerRange) else value
-        bounds = [given.get("min"), given.get("max")] if isinstance(given, dict) and len(given) == 2 else [given]
+        bounds: list[Any] = [given.get("min"), given.get("max")] if isinstance(given, dict) and len(given) == 2 else [given]
         if not all(type(bound) is int and bound >= 1 for bound in bounds) or bounds != sorted(bounds):
             not_this = f", not {given}" if isinstance(given, dict) else ""
             raise ValueError(f"give a whole number of workers, 1 or more, or a range such as {{min: 1, max: 8}}{not_this}")

@@ -8,17 +8,19 @@ import asyncio
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @ray.remote(num_cpus=0)
 class RunLine:
-    """The wish to stop one way, events of rank 0 the other.
+    """The wish to stop or to pause one way, events of rank 0 the other.
 
     Its methods are coroutines of one event loop: who waits here blocks nobody.
     """
 
     def __init__(self) -> None:
         self._stop = False
+        self._pause: str | None = None
         self._released = asyncio.Event()
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._controller: Any = None
@@ -28,16 +30,25 @@ class RunLine:
         self._stop = True
         self._released.set()
 
-    async def is_set(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._stop
+    async def pause(self, reason: str) -> None:
+        """Asks the workers of this group to write a checkpoint and to leave, so that others go on."""
+        self._pause = reason
+        self._released.set()
+
+    async def join(self) -> None:
+        """Said by rank 0 of each new group: what was asked of the group before is done."""
+        self._pause = None
+
+    async def wish(self) -> tuple[bool, str | None]:
+        """Whether to stop; why to pause, or None."""
+        return self._stop, self._pause
 
     async def post(self, event: dict[str, Any], *, wait: bool) -> None:
         """Hands an event to the driver; with `wait`, returns when the driver has released it."""
         if wait:
             self._released.clear()
         await self._events.put(event)
-        if wait and not self._stop:
+        if wait and not self._stop and self._pause is None:
             await self._released.wait()
 
     async def next_event(self) -> dict[str, Any]:
@@ -55,3 +66,9 @@ class RunLine:
     async def controller(self) -> Any:
         """The handle of the Train controller; None before it runs."""
         return self._controller
+
+
+def open_line() -> Any:
+    """A RunLine on this node, so that it is lost with no node but that of the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return RunLine.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import FrameType
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from crate_ray.config import RunConfig
 from crate_ray.launch.cluster import check_preprocessing, connect, resolve_scale, worker_need
 from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
+from crate_ray.training.profiling import ProfiledSteps
 
 POLL_S = 0.2
 EXIT_GRACE_S = 15.0  # for the last report and the teardown of workers, after the checkpoint
@@ -46,6 +47,7 @@ def launch_training(
     on_start: Callable[[RunFolder, RunConfig], None] = lambda folder, config: None,
     on_poll: Callable[[], None] = lambda: None,
     on_stop: Callable[[int], None] = lambda number: None,
+    profiled: ProfiledSteps | None = None,
 ) -> RunOutcome:
     """Trains one run to its end, or until SIGINT or SIGTERM; resumes what is there.
 
@@ -57,6 +59,7 @@ def launch_training(
         on_start: Called once, when the folder is taken and before workers start.
         on_poll: Called several times a second from the main thread; must return soon.
         on_stop: Called once with the signal, when a stop has been passed on to the workers.
+        profiled: Steps that rank 0 traces into the folder.
 
     Raises:
         ConfigError: The run cannot start; nothing was written but a new, empty folder.
@@ -77,7 +80,9 @@ def launch_training(
             device_type = "cuda" if config.scale.use_gpu else "cpu"
             config, folder = prepare_run(config, device_type=device_type, kind=kind, study=study, parent_uid=parent_uid)
             on_start(folder, config)
-            state, reason = _run(config, folder, lease, signals, on_poll, on_stop)
+            state, reason = _run(
+                Fit(config, folder, lease.attempt, profiled=profiled), config, lease, signals, on_poll, on_stop
+            )
         lease.end(state, reason)
     on_poll()
     return RunOutcome(folder, config, state, reason, signal=signals.received)
@@ -96,15 +101,14 @@ def failure_written(lease: Lease) -> Iterator[None]:
 
 
 def _run(
+    fit: "Fit",
     config: RunConfig,
-    folder: RunFolder,
     lease: Lease,
     signals: "StopSignals",
     on_poll: Callable[[], None],
     on_stop: Callable[[int], None],
 ) -> tuple[State, str | None]:
     """Fits, and leaves no worker behind when the driver itself fails."""
-    fit = Fit(config, folder, lease.attempt)
     try:
         return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll, on_stop)
     except BaseException:
@@ -177,19 +181,29 @@ class Fit:
         folder: Prepared and leased.
         attempt: Number of this start of the run.
         is_followed: Whether rank 0 waits at each evaluation until `release`; see `next_event`.
+        profiled: Steps that rank 0 traces.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, attempt: int, *, is_followed: bool = False) -> None:
-        from crate_ray.launch.run_line import RunLine
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        attempt: int,
+        *,
+        is_followed: bool = False,
+        profiled: ProfiledSteps | None = None,
+    ) -> None:
+        from crate_ray.launch.run_line import open_line
         from crate_ray.launch.worker import train_worker
 
-        self._line = RunLine.remote()  # type: ignore[attr-defined]
+        self._line = open_line()
         payload = {
             "config": config.model_dump(mode="json"),
             "folder": folder.uri,
             "attempt": attempt,
             "line": self._line,
             "is_followed": is_followed,
+            "profile": profiled and astuple(profiled),
         }
         # Ray would resume from its own list of checkpoints; ours is the manifests.
         storage.delete(folder.path("checkpoint_manager_snapshot.json"))
@@ -263,7 +277,9 @@ class Fit:
     def end(self) -> tuple[State, str | None]:
         """State and reason, from what rank 0 returned or from the error."""
         if self.error is not None:
-            return "FAILED", _first_cause(self.error)
+            from crate_ray.launch.causes import sentence_of
+
+            return "FAILED", sentence_of(self.error)
         if self._result is None:
             return "FAILED", "rank 0 returned nothing"
         return self._result["state"], self._result["reason"]
@@ -273,38 +289,34 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train.v2.api.config import RunConfig as RayRunConfig
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     from crate_ray.launch.controller import ControllerHandle
+    from crate_ray.launch.policies import ElasticPolicy, PolicedTrainer, RestartPolicy
 
     store, path = storage.open_store(folder.uri)
-    return TorchTrainer(
+    scale = config.scale
+    scaling = ScalingConfig(
+        num_workers=(scale.min_workers, scale.max_workers) if scale.is_elastic else scale.max_workers,
+        use_gpu=bool(scale.use_gpu),
+        resources_per_worker=worker_need(scale),
+        elastic_resize_monitor_interval_s=scale.resize_check_s,
+    )
+    failure = FailureConfig(max_failures=scale.max_failures)
+    grace_s = config.checkpoint.stop_grace_s
+    return PolicedTrainer(
         worker,
+        failure_policy=RestartPolicy(failure, folder.uri),
+        scaling_policy=ElasticPolicy(scaling, payload["line"], grace_s) if scale.is_elastic else None,
         train_loop_config=payload,
-        scaling_config=ScalingConfig(
-            num_workers=config.scale.num_workers,
-            use_gpu=bool(config.scale.use_gpu),
-            resources_per_worker=worker_need(config.scale),
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.scale.use_gpu else "gloo"),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo"),
         run_config=RayRunConfig(
             name=folder.name,
             storage_path=path.rsplit("/", 1)[0],
             storage_filesystem=None if folder.is_local else store,
             callbacks=[ControllerHandle(payload["line"])],  # type: ignore[list-item]
-            failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
+            failure_config=failure,
             logging_config=LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": {"RAY_ADDRESS": connect()}},
         ),
     )
-
-
-def _first_cause(error: BaseException) -> str:
-    """The last line that a person wants: the worker's own exception."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = sorted(failures.items())[0]
-        text = str(cause).strip().splitlines()
-        return f"rank {rank}: {text[-1] if text else type(cause).__name__}"
-    text = str(error).strip().splitlines()
-    return text[-1] if text else type(error).__name__

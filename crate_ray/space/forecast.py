@@ -387,7 +387,7 @@ def memory_reason(config: RunConfig, *, device_bytes: int) -> str | None:
         config: The run.
         device_bytes: Of a worker's GPU, or its share of the host's memory.
     """
-    share = -(-config.train.global_batch // config.scale.num_workers)
+    share = -(-config.train.global_batch // config.scale.min_workers)
     images = min(config.train.micro_batch or share, share)
     precision: Precision = "float32" if config.train.precision == "float32" else "bfloat16"
     state, image = training_state_bytes(config.model), activation_bytes(config.model, precision=precision)

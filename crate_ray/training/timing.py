@@ -119,7 +119,7 @@ def _frame_seconds(config: RunConfig, cold: _Lap, step_s: float) -> float:
 
 def _stripped(config: RunConfig) -> RunConfig:
     """The run without what is timed apart, and without what could end it early."""
-    share = -(-config.train.global_batch // config.scale.num_workers)
+    share = -(-config.train.global_batch // config.scale.max_workers)
     changes: dict[str, dict[str, Any]] = {
         "data": {"eval": None, "preprocess": None},
         "train": {"steps": MOST_STEPS + 2, "epochs": None, "global_batch": share, "init_from": None},
