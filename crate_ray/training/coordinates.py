@@ -35,6 +35,7 @@ Parametrization = Literal["standard", "mup"]
 LIMIT = 0.1
 """Largest |slope| of a tensor that passes."""
 WIDTHS = (64, 128, 256, 512)
+"""Of the check where the model's shape allows them; else see `default_widths`."""
 BATCH = 16
 """Images of the one batch."""
 OWN_PART = "head's own part"
@@ -72,7 +73,11 @@ class CoordinateRow:
 
 
 def coordinate_check(
-    config: RunConfig, *, widths: Sequence[int] = WIDTHS, seeds: Sequence[int] = (0, 1, 2), steps: Sequence[int] = (1, 2, 5, 10)
+    config: RunConfig,
+    *,
+    widths: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: Sequence[int] = (1, 2, 5, 10),
 ) -> list[CoordinateRow]:
     """Trains the model at every width with every seed, in both parametrizations, and fits the slopes.
 
@@ -81,7 +86,7 @@ def coordinate_check(
 
     Args:
         config: Model, optimizer and clipping are taken from it; its data are not read.
-        widths: Of the encoder, at least four.
+        widths: Of the encoder, at least four; default: `default_widths`.
         seeds: Of the initialisation, at least two.
         steps: Updates after which changes are measured, such as 1 and 10.
 
@@ -92,7 +97,8 @@ def coordinate_check(
     Raises:
         ConfigError: Too few widths or seeds, or a width that the model's heads do not divide.
     """
-    widths, seeds, steps = sorted(set(widths)), list(dict.fromkeys(seeds)), sorted(set(steps))
+    widths = sorted(set(default_widths(config.model) if widths is None else widths))
+    seeds, steps = list(dict.fromkeys(seeds)), sorted(set(steps))
     if len(widths) < 4 or len(seeds) < 2 or not steps or steps[0] < 1:
         raise ConfigError(
             f"a coordinate check over widths {widths}, seeds {seeds} and steps {steps}: give at least four widths, two seeds "
@@ -109,6 +115,24 @@ def coordinate_check(
                 values = [[changes[width, seed][step][name] for width in widths] for seed in seeds]
                 rows.append(_row(name, parametrization, step, values, widths))
     return rows
+
+
+def default_widths(config: ModelConfig) -> tuple[int, ...]:
+    """Multiples of the least width that the model's heads and decoder divide: those nearest to WIDTHS, or the first four.
+
+    A MAE of 768 with heads of 64 and a decoder of 512 has whole heads and a whole decoder at multiples of 192 alone.
+    """
+
+    def is_whole(width: int) -> bool:
+        try:
+            at_width(config, width, "mup")
+        except ConfigError:
+            return False
+        return True
+
+    unit = next(width for width in range(4, config.width + 1, 4) if is_whole(width))
+    nearest = {max(1, round(width / unit)) * unit for width in WIDTHS}
+    return tuple(sorted(nearest)) if len(nearest) == len(WIDTHS) else tuple(unit * k for k in range(1, len(WIDTHS) + 1))
 
 
 def at_width(config: ModelConfig, width: int, parametrization: Parametrization) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,9 @@ def test_a_dry_run_forecasts_hours_and_cost_from_measured_steps(invoke, sweep_fi
 @pytest.fixture
 def quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real check at small widths, after one update."""
-    quick = functools.partial(coordinates.coordinate_check, widths=(32, 64, 96, 128), seeds=(0, 1), steps=(1,))
+    quick = functools.partial(coordinates.coordinate_check, seeds=(0, 1), steps=(1,))
     monkeypatch.setattr(coordinates, "coordinate_check", quick)
+    monkeypatch.setattr(coordinates, "WIDTHS", (32, 64, 96, 128))
 
 
 @pytest.mark.usefixtures("quick_check")
@@ -107,4 +109,17 @@ def test_the_coordinate_check_of_a_recipe_prints_slopes_and_a_verdict(invoke) ->
     assert outcome.code == 0, outcome.err
     assert "standard slope [95%]" in outcome.out
     assert "blocks.*.attn" in outcome.out
-    assert "muP passes: " in outcome.out or "muP does not pass: " in outcome.out
+    assert re.search(r"muP (passes|does not pass \((grows|shrinks|grows and shrinks|unclear)\)): largest", outcome.out)
+    parts = {line.split()[0]: line.split()[-1] for line in outcome.out.splitlines() if re.match(r"\S+ +[+-]\d", line)}
+    assert parts.keys() >= {"patch_embed", "blocks.*.attn", "blocks.*.ista", "decoder_pred"}
+    assert set(parts.values()) <= {"passes", "grows", "shrinks", "unclear"}
+    assert "docs/numerics.md" in outcome.out
+    assert "not checked" not in outcome.out
+
+
+@pytest.mark.usefixtures("quick_check")
+def test_of_shared_layers_the_coordinate_check_says_which_applications_it_does_not_see(invoke) -> None:
+    words = ["--set", "model.share_layers=true", "--set", "model.encoder_depth=3"]
+    outcome = invoke("sweep", "digits_mae", "--coord-check", *words)
+    assert outcome.code == 0, outcome.err
+    assert "not checked: the first 2 of 3 applications of the shared encoder layer" in " ".join(outcome.out.split())

@@ -13,6 +13,7 @@ from crate_ray.training.coordinates import (
     at_width,
     coordinate_changes,
     coordinate_check,
+    default_widths,
     observe,
 )
 
@@ -162,3 +163,23 @@ def test_a_classifier_is_checked_too() -> None:
     changes = coordinate_changes(config, config.model, seed=0, steps=(2,))[2]
     assert {"patch_embed", "blocks.0.mlp", "fc_norm", "head", OWN_PART} <= changes.keys()
     assert all(value > 0 for value in changes.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ({"preset": "crate_mae_base"}, (64, 128, 256, 512)),
+        # 12 heads and a decoder of 512 with 16 at 768: heads of 64 ask for 64 k, a decoder of heads of 32 for 48 k.
+        ({"preset": "mae_base"}, (192, 384, 576, 768)),
+        ({"preset": "mae_base", "parametrization": "mup", "mup_base_width": 192}, (192, 384, 576, 768)),
+        ({"preset": "crate_mae_base", "width": 600}, (100, 200, 300, 400)),  # 50 has heads, but positions have four parts
+        ({"preset": "crate_mae_base", "width": 480}, (80, 120, 240, 520)),  # of 40, nearest to 64, 128, 256 and 512
+    ],
+)
+def test_the_default_widths_are_those_at_which_the_model_is_whole(shape: dict[str, object], widths: tuple[int, ...]) -> None:
+    if "mup_base_width" in shape:
+        shape |= {"mup_base_num_heads": 3, "mup_base_decoder_width": 128, "mup_base_decoder_num_heads": 4}
+    model = ModelConfig.parse(shape)
+    assert default_widths(model) == widths
+    heads = {at_width(model, width, "mup").num_heads * model.width == width * model.num_heads for width in widths}
+    assert heads == {True}
