@@ -7,7 +7,7 @@ rename and needs none, its PUT is atomic. What is asked of a remote store is ask
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pyarrow as pa
@@ -95,23 +95,27 @@ def read_text(uri: str) -> str:
     return read_bytes(uri).decode()
 
 
-def write_atomic(uri: str, content: bytes | str) -> None:
+def write_atomic(uri: str, content: bytes | str | Sequence[memoryview]) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        uri: Of the file; its folder is made.
+        content: Text in UTF-8, bytes, or pieces of them, which are not joined in memory.
 
     Raises:
         OSError: The disk is full, or the store refuses.
     """
-    data = content.encode() if isinstance(content, str) else content
+    pieces = _pieces(content)
     if not is_local(uri):
         store, key = open_store(uri)
-        retrying(lambda: _put(store, key, data), f"write {uri}")
+        retrying(lambda: _put(store, key, pieces), f"write {uri}")
         return
     path = local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as sink:
-            sink.write(data)
+            sink.writelines(pieces)
             sink.flush()
             os.fsync(sink.fileno())
         temporary.replace(path)
@@ -119,9 +123,24 @@ def write_atomic(uri: str, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _put(store: fs.FileSystem, key: str, data: bytes) -> None:
+def _pieces(content: bytes | str | Sequence[memoryview]) -> Sequence[bytes | memoryview]:
+    if isinstance(content, str):
+        return [content.encode()]
+    return [content] if isinstance(content, bytes) else content
+
+
+def _put(store: fs.FileSystem, key: str, pieces: Sequence[bytes | memoryview]) -> None:
     with store.open_output_stream(key) as sink:
-        sink.write(data)
+        for piece in pieces:
+            sink.write(piece)
+
+
+def free_bytes(uri: str) -> int | None:
+    """Room left for this process on the disk of a folder, which need not exist yet; None of a remote store."""
+    if not is_local(uri):
+        return None
+    path = local_path(uri).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def make_dir(uri: str) -> None:
