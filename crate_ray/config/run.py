@@ -276,6 +276,11 @@ class ScaleConfig(Frozen):
     max_failures: int = Field(
         3, ge=0, description="failures that restart the workers, in a row without a new checkpoint, before the run is FAILED"
     )
+    hang_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="a worker that makes no step for so long writes its stacks into hangs/ and ends; then as a failure",
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="dense TFLOP/s of a worker's device, for MFU; null: as its vendor prints, where it is known"
     )

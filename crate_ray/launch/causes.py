@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from crate_ray.config import ConfigError
-from crate_ray.training.loop import TrainingDivergedError
+from crate_ray.training.health import TrainingDivergedError
 
 
 class WorkersPausedError(RuntimeError):

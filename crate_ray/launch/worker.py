@@ -20,7 +20,8 @@ from crate_ray.data import BatchReader, open_reader
 from crate_ray.launch.causes import WorkersPausedError
 from crate_ray.launch.switch import StopSwitch
 from crate_ray.runs import RunFolder
-from crate_ray.training.loop import TrainingDivergedError, run_training
+from crate_ray.training.health import TrainingDivergedError
+from crate_ray.training.loop import run_training
 from crate_ray.training.profiling import ProfiledSteps
 
 log = logging.getLogger(__name__)

@@ -10,26 +10,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch.distributed as dist
 
 from crate_ray.config import RunConfig
-from crate_ray.data import BatchReader, load_source, open_reader
+from crate_ray.data import Batch, BatchReader, load_source, open_reader
 from crate_ray.models import create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
-from crate_ray.runs import MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
+from crate_ray.runs import Intervention, MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
 from crate_ray.training.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     Checkpoint,
-    latest_checkpoint,
     pin_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.first_weights import load_first_weights
+from crate_ray.training.health import Health, RollBack, find_path
+from crate_ray.training.memory import MemoryGuard, OutOfMemory, agreed_micro_batch, release_memory
 from crate_ray.training.monitor import Monitor
 from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
@@ -38,13 +40,10 @@ from crate_ray.training.precision import choose_device, make_deterministic, reso
 from crate_ray.training.profiling import ProfiledSteps, StepProfiler
 from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, TrainStep, Votes
+from crate_ray.training.watchdog import Watchdog
 from crate_ray.training.whitebox import WhiteboxMonitor
 
 log = logging.getLogger(__name__)
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,10 @@ def run_training(
 ) -> LoopResult:
     """Trains until the last step or a stop, from the newest checkpoint of the folder.
 
+    After a rollback it begins again in this process, on all ranks alike. When a step does not fit into memory, a worker alone
+    begins again with a smaller micro-batch; of several the one that it happened to raises, and all must be started anew. A
+    worker that hangs ends its process (see `watchdog`).
+
     Args:
         config: The resolved configuration, the same on every rank.
         folder: The run; rank 0 alone writes records, all may read.
@@ -102,14 +105,39 @@ def run_training(
         profiled: Steps that rank 0 traces into the folder.
 
     Raises:
-        TrainingDivergedError: A loss or gradient is not finite.
+        TrainingDivergedError: Losses or gradients are not finite, and rollbacks did not help.
+        OutOfMemory: A step did not fit.
         ConfigError: The data or a checkpoint cannot be read.
     """
-    trainer = Trainer(config, folder, context, open_batches, profiled)
+    with Watchdog(folder, context, timeout_s=config.scale.hang_timeout_s) as watchdog:
+        while True:
+            fitting = agreed_micro_batch(config, folder, context)
+            try:
+                return _train(fitting, folder, context, open_batches, profiled, watchdog)
+            except RollBack:
+                log.info("beginning again from the last good checkpoint")
+            except OutOfMemory as error:
+                if context.world_size > 1 or error.micro_batch is None:
+                    raise
+                log.warning("%s", error)
+            release_memory()
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    context: WorkerContext,
+    open_batches: Callable[..., BatchReader],
+    profiled: ProfiledSteps | None,
+    watchdog: Watchdog,
+) -> LoopResult:
+    watchdog.feed("the start and the first step", is_long=True)
+    trainer = Trainer(config, folder, context, open_batches, profiled, watchdog)
     try:
         return trainer.run()
     finally:
-        trainer.close()
+        with watchdog.patient("the end"):
+            trainer.close()
 
 
 class Trainer:
@@ -122,8 +150,9 @@ class Trainer:
         context: WorkerContext,
         open_batches: Callable[..., BatchReader],
         profiled: ProfiledSteps | None,
+        watchdog: Watchdog,
     ) -> None:
-        self.config, self.folder, self.context = config, folder, context
+        self.config, self.folder, self.context, self.watchdog = config, folder, context, watchdog
         self._open_batches = open_batches
         self.device = choose_device(config.scale.use_gpu, context.local_rank)
         self.precision = resolve_precision(config.train.precision, self.device.type)
@@ -134,7 +163,7 @@ class Trainer:
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
         make_deterministic(config)
         self.parallel = choose_parallel(config.scale, context, self.device)
-        restored = self._agreed_checkpoint()
+        restored, interventions = self._agreed_path()
         self.model = create_model(config.model).to(self.device)
         if restored is None:
             load_first_weights(self.model, config)
@@ -146,6 +175,9 @@ class Trainer:
         self.train_seconds = restored.train_seconds if restored else 0.0
         self.reader = self._open_reader(restored.cursor if restored else 0)
         self.train_step = TrainStep(self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel)
+        self.memory = MemoryGuard(config, folder, context, precision=self.precision)
+        health = restored.state.get("health", {}) if restored else {}
+        self.health = Health(config, folder, context, total=self.total, interventions=interventions, state=health)
         self.evaluator = (
             Evaluator(config, rank=context.rank, world_size=context.world_size, precision=self.precision)
             if config.data.eval
@@ -168,7 +200,7 @@ class Trainer:
         )
         self.is_stopping = False
         self.is_saving = False
-        self._pending: deque[PendingOutcome] = deque()
+        self._pending: deque[tuple[PendingOutcome, Batch]] = deque()
         self._eval_values: dict[str, float] = {}
         self._saved_step = self.step if restored else -1
         self._saved_at = time.monotonic()
@@ -178,13 +210,13 @@ class Trainer:
         restore_optimizer(self.model, self.optimizer, self.parallel.read(checkpoint, OPTIMIZER_FILE, self.model))
         log.info("resuming %s from step %d", self.folder.name, checkpoint.step)
 
-    def _agreed_checkpoint(self) -> Checkpoint | None:
-        """Rank 0's newest: on shared storage another rank may not see it yet, or see an older one."""
+    def _agreed_path(self) -> tuple[Checkpoint | None, tuple[Intervention, ...]]:
+        """What rank 0 finds: on shared storage another rank may not see the newest checkpoint yet, or see an older one."""
         if self.context.world_size == 1:
-            return latest_checkpoint(self.folder)
-        chosen = [latest_checkpoint(self.folder) if self.context.rank == 0 else None]
-        dist.broadcast_object_list(chosen)
-        return chosen[0]
+            return find_path(self.folder)
+        found = [find_path(self.folder) if self.context.rank == 0 else (None, ())]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def _open_reader(self, cursor: int) -> BatchReader:
         data, context = self.config.data, self.context
@@ -219,25 +251,31 @@ class Trainer:
             self._evaluate()
         while self.step < self.total and not self.is_stopping:
             with self.monitor.reading(self.step + 1):
-                batch = next(self.reader)
+                batch = self._next_batch()
             lr = self._learning_rate()
             votes = Votes(self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples)
-            pending = self.train_step(batch, lr=lr, votes=votes)
+            with self.memory.watching(self.step + 1):
+                pending = self.train_step(batch, lr=lr, votes=votes)
             self.step += 1
-            self._settle(pending)
+            self._settle(pending, batch)
             self.train_seconds += self.monitor.step_done(self.step)
+            self.watchdog.feed(f"step {self.step + 1}")
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
-                self.monitor.log(self.step, lr=lr, others=self._epochs())
-            evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
+                self.monitor.log(self.step, lr=lr, others=self._epochs() | self.health.metrics())
+            with self.watchdog.patient("evaluation"):
+                evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
             if self.is_saving or self.step == self.cooldown or self._is_due(self.config.checkpoint.every_steps, at_end=False):
-                self._save()
+                with self.watchdog.patient("a checkpoint"):
+                    self._save()
             if evaluated:
-                self.context.evaluated(self.step, evaluated)
+                with self.watchdog.patient("a report"):
+                    self.context.evaluated(self.step, evaluated)
                 self.monitor.resume("eval")
                 if self.context.world_size == 1:  # nobody has to agree, and the stop costs no further step
                     self.is_stopping = self.is_stopping or self.context.stop_requested()
-        self._save()
+        with self.watchdog.patient("the last checkpoint"):
+            self._save()
         if self.step < self.total:
             return LoopResult("KILLED", self.step)
         self._write_final()
@@ -249,8 +287,16 @@ class Trainer:
         self.monitor.close()
         self.sink.close()
 
+    def _next_batch(self) -> Batch:
+        """The next one that no intervention passes over."""
+        cursor = self.reader.state_dict()["cursor"]
+        if (ahead := self.health.next_cursor(cursor)) != cursor:
+            self.reader.close()
+            self.reader = self._open_reader(ahead)
+        return next(self.reader)
+
     def _learning_rate(self) -> float:
-        return learning_rate(
+        return self.health.lr_factor(self.step) * learning_rate(
             self.step,
             total=self.total,
             warmup=self.warmup,
@@ -269,24 +315,22 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         return self.context.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
-    def _settle(self, pending: PendingOutcome) -> None:
+    def _settle(self, pending: PendingOutcome, batch: Batch) -> None:
         """Reads outcomes one step late on a GPU, so that it is never waited for; at once where a number is due.
 
         All ranks read the same outcomes at the same step, so they agree on every vote.
         """
-        self._pending.append(pending)
+        self._pending.append((pending, batch))
         self._read_outcomes(lag=1 if self.device.type == "cuda" and not self._is_due(self.config.eval.log_every_steps) else 0)
 
     def _read_outcomes(self, *, lag: int) -> None:
         while len(self._pending) > lag:
-            outcome = self._pending.popleft().read()
-            if not outcome.is_finite:
-                raise TrainingDivergedError(
-                    f"loss {outcome.loss} and gradient norm {outcome.grad_norm} at step "
-                    f"{self.step - len(self._pending)}; the last checkpoint is from before it. "
-                    "Lower optimizer.lr or set train.clip_norm"
-                )
-            self.monitor.observe(self.step - len(self._pending), outcome)
+            pending, batch = self._pending.popleft()
+            outcome, step = pending.read(), self.step - len(self._pending)
+            self.monitor.observe(step, outcome)
+            self.health.see(
+                step, outcome, cursor_after=batch.cursor_after, locate=partial(self.train_step.find_non_finite, batch)
+            )
             self.is_stopping = self.is_stopping or outcome.stop
             self.is_saving = self.is_saving or outcome.save
 
@@ -298,6 +342,8 @@ class Trainer:
         if self._is_due(self.config.eval.every_steps):
             self._eval_values = self.evaluator.metrics(self.model)
             values.update(self._eval_values)
+            self._read_outcomes(lag=0)
+            self.health.see_evaluation(values)
         if self.step == self.total:
             self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
         if self._is_due(self.config.eval.probe_every_steps):
@@ -331,7 +377,10 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self._saved_step:
             return
-        self._read_outcomes(lag=0)  # weights are saved only when their own step is known to be finite
+        self._read_outcomes(lag=0)
+        if self.health.is_skipping and not (self.is_stopping or self.step == self.cooldown):
+            self.is_saving = True  # once a step is finite again: weights are saved when they are known to give numbers
+            return
         folder, context = self.folder, self.context
         uri = folder.path("checkpoints", f"step_{self.step:08d}")
         if context.rank == 0:
@@ -346,6 +395,7 @@ class Trainer:
                 model=self.model.state_dict(),
                 optimizer=optimizer_tensors(self.model, self.optimizer),
                 config=self.config.model,
+                state={"health": self.health.state()},
             )
             prune_checkpoints(folder, keep_last=self.config.checkpoint.keep_last)
         self._saved_step, self._saved_at, self.is_saving = self.step, time.monotonic(), False

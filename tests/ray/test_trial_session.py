@@ -19,7 +19,8 @@ from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import Lease, RunFolder, read_records, read_status
 from crate_ray.runs.trials import read_trial
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
-from crate_ray.training.loop import LocalContext, TrainingDivergedError, run_training
+from crate_ray.training.health import TrainingDivergedError
+from crate_ray.training.loop import LocalContext, run_training
 
 
 @pytest.fixture(autouse=True)

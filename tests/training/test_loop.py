@@ -10,7 +10,8 @@ from crate_ray.config import RunConfig
 from crate_ray.models import create_model
 from crate_ray.runs import RunFolder, read_records
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, copy_checkpoint, latest_checkpoint, list_checkpoints
-from crate_ray.training.loop import LocalContext, LoopResult, TrainingDivergedError, run_training
+from crate_ray.training.health import TrainingDivergedError
+from crate_ray.training.loop import LocalContext, LoopResult, run_training
 
 LoadTiny = Callable[..., RunConfig]
 RECIPES = pytest.mark.parametrize("recipe", ["digits_crate_mae", "digits_mae"])

@@ -22,7 +22,8 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.launch.cluster import resolve_scale, set_environment
 from crate_ray.launch.train import EXIT_GRACE_S, Fit
 from crate_ray.runs import Lease, LeaseLostError, RunFolder
-from crate_ray.training.loop import LocalContext, TrainingDivergedError, run_training
+from crate_ray.training.health import TrainingDivergedError
+from crate_ray.training.loop import LocalContext, run_training
 
 log = logging.getLogger(__name__)
 
