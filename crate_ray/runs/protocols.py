@@ -40,7 +40,11 @@ class MetricSink(Protocol):
         ...
 
     def flush(self) -> None:
-        """Hands everything to the store."""
+        """Hands everything to the store; may be called from another thread than `write`."""
+        ...
+
+    def position(self) -> dict[str, int]:
+        """Attempt and number of records written so far; what a checkpoint says of them."""
         ...
 
     def close(self) -> None:
@@ -56,6 +60,10 @@ class NullSink:
 
     def flush(self) -> None:
         """Nothing to hand over."""
+
+    def position(self) -> dict[str, int]:
+        """Nothing is written."""
+        return {}
 
     def close(self) -> None:
         """Nothing to release."""

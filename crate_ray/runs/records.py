@@ -2,13 +2,17 @@
 
 A record is one line {"step", "time", "attempt", "values": {key: number}}; non-finite numbers are the
 strings "NaN", "Infinity", "-Infinity", so that every line is JSON. On a local disk the writer appends
-to metrics.jsonl. An object store cannot append: there it writes immutable segments
+to metrics.jsonl. An object store cannot append: there a thread writes immutable segments
 metrics/<attempt>-<first_step>.jsonl, every ten seconds and whenever it is flushed.
+What the store does not take is kept in memory and tried again, so a full disk or a bucket that answers 503 does not end a step;
+only `flush`, which a checkpoint and the end of a run call, is an error then.
 The trade-off: a reader parses text, and in return any tool can read a run while it is written.
 """
 
 import json
+import logging
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +22,8 @@ from typing import Any
 from crate_ray import storage
 from crate_ray.runs.folder import RunFolder
 from crate_ray.runs.status import read_status
+
+log = logging.getLogger(__name__)
 
 SEGMENT_SECONDS = 10.0
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -62,6 +68,8 @@ def decode_number(value: Any) -> float:
 class RecordWriter:
     """Appends the records of one attempt; used by rank 0 alone, and after training by the driver.
 
+    `write` never fails and, on an object store, never waits. `flush` may be called from another thread than `write`.
+
     Args:
         folder: The run.
         attempt: Number of this start of the run, from 1; the highest wins where steps repeat.
@@ -71,35 +79,77 @@ class RecordWriter:
         self._folder = folder
         self._attempt = attempt
         self._pending: list[Record] = []
-        self._last_flush = time.monotonic()
+        self._count = 0
+        self._is_refused = False
+        self._storing = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
         if folder.is_local:
             storage.make_dir(folder.uri)
-            self._file = storage.local_path(folder.path("metrics.jsonl")).open("a+b")
+            # Unbuffered: what a full disk did not take must not come out of a buffer behind what is written next.
+            self._file = storage.local_path(folder.path("metrics.jsonl")).open("a+b", buffering=0)
             _end_last_line(self._file)
+        else:
+            self._thread = threading.Thread(target=self._flush_regularly, name="records", daemon=True)
+            self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records values measured now."""
         self._pending.append(Record(step, time.time(), self._attempt, dict(values)))
-        if self._folder.is_local or time.monotonic() - self._last_flush > SEGMENT_SECONDS:
-            self.flush()
+        self._count += 1
+        if self._folder.is_local:
+            self._try_flush()
+
+    def position(self) -> dict[str, int]:
+        """How far this attempt has come: its number and the records it has written."""
+        return {"attempt": self._attempt, "count": self._count}
 
     def flush(self) -> None:
-        """Hands everything to the store; called before each checkpoint and at the end."""
-        self._last_flush = time.monotonic()
-        if not self._pending:
-            return
-        lines = "".join(record.to_line() for record in self._pending)
-        if self._folder.is_local:
-            self._file.write(lines.encode())
-            self._file.flush()
-        else:
-            segment = f"{self._attempt:04d}-{self._pending[0].step:08d}-{time.time_ns()}.jsonl"
+        """Hands everything to the store; called before each manifest of a checkpoint and at the end.
+
+        Raises:
+            OSError: The store refuses; the records are kept, and tried again with the next ones.
+        """
+        with self._storing:
+            records = list(self._pending)
+            if records:
+                self._store("".join(record.to_line() for record in records).encode(), records[0].step)
+                del self._pending[: len(records)]
+
+    def _store(self, lines: bytes, first_step: int) -> None:
+        if not self._folder.is_local:
+            segment = f"{self._attempt:04d}-{first_step:08d}-{time.time_ns()}.jsonl"
             storage.write_atomic(self._folder.path("metrics", segment), lines)
-        self._pending.clear()
+            return
+        end, written = self._file.seek(0, 2), 0
+        try:
+            while written < len(lines):
+                written += self._file.write(lines[written:]) or 0
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+            self._is_refused = False
+        except OSError as error:
+            if not self._is_refused:
+                log.warning("records of %s wait in memory until it takes them: %s", self._folder.uri, error)
+            self._is_refused = True
+
+    def _flush_regularly(self) -> None:
+        while not self._closing.wait(SEGMENT_SECONDS):
+            self._try_flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
+        """Flushes and closes; says how many records a store that still refuses has cost."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._try_flush()
+        if self._pending:
+            log.error("%d records of %s are lost: the store did not take them", len(self._pending), self._folder.uri)
         if self._folder.is_local:
             self._file.close()
 
