@@ -12,8 +12,10 @@ import pytest
 import torch
 from trials import MakeTrial, mark_stopped, trial_of
 
-from crate_ray.config import RunConfig
+from crate_ray.config import RunConfig, SchedulerConfig
+from crate_ray.launch.sweeps.driver import past_reports
 from crate_ray.launch.sweeps.generations import Pointer
+from crate_ray.launch.sweeps.rungs import legs_of
 from crate_ray.launch.sweeps.trial_attempt import infeasible_reason
 from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
 from crate_ray.runs import Lease, RunFolder, read_records, read_status
@@ -263,7 +265,7 @@ def test_a_probed_trial_reports_its_probe_at_the_end(make_trial: MakeTrial) -> N
 
 
 def test_under_asha_with_a_cooldown_each_rung_is_the_end_of_a_cooled_run(make_trial: MakeTrial, tmp_path: Path) -> None:
-    asha = {"scheduler": {"type": "asha", "grace_steps": 4, "reduction_factor": 2}}
+    asha = {"scheduler": SCHEDULER.model_dump()}
     keys = ("train.steps=16", "schedule.cooldown_fraction=0.25", "schedule.warmup_steps=2")
     trial = make_trial(*keys, sweep=asha)
     session = session_of(trial)
@@ -283,11 +285,18 @@ def test_under_asha_with_a_cooldown_each_rung_is_the_end_of_a_cooled_run(make_tr
         assert_same_weights(weights(folder), weights(plain))
         losses = [r.values["eval/loss"] for r in read_records(plain) if "eval/loss" in r.values]
         assert result["eval_loss"] == losses[-1]
+    row = read_trial(RunFolder(trial["folder"]))
+    assert row is not None
+    legs = legs_of(RunConfig.parse(json.loads(trial["run"])), RunFolder(trial["folder"]), SCHEDULER, num_samples=1000)
+    past = past_reports(row, legs, SCHEDULER)  # what rungs of a later session are filled with: nothing of the way to them
+    assert reported(past[:2]) == reported(results[:2])
+    assert [report["step"] for report in past] == [4, 8, 16]
     trained = [len([r for r in read_records(RunFolder(trial["folder"] + tail)) if "train/loss" in r.values]) for tail in RUNGS]
     assert trained == [4, 8 - 3, 16 - 6]
 
 
 RUNGS = ("/rung_00000004", "/rung_00000008", "")
+SCHEDULER = SchedulerConfig(type="asha", grace_steps=4, reduction_factor=2)
 
 
 def test_a_trial_that_was_stopped_at_a_cooled_rung_repeats_its_rungs_and_ends(make_trial: MakeTrial) -> None:

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Protocol
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, SweepConfig
+from crate_ray.config import ConfigError, SchedulerConfig, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
 from crate_ray.launch.cluster import (
@@ -36,8 +36,10 @@ from crate_ray.launch.sweeps.experiment import SCRATCH, Experiment
 from crate_ray.launch.sweeps.folder import STOP_FILE, locate_sweep, withdraw_sweep, write_sweep
 from crate_ray.launch.sweeps.generations import runs_of
 from crate_ray.launch.sweeps.roster import Roster
+from crate_ray.launch.sweeps.rungs import Leg, legs_of
 from crate_ray.launch.sweeps.schedulers import size_bounds
 from crate_ray.launch.sweeps.searcher import PlannedSearch, Watcher
+from crate_ray.launch.sweeps.trial_session import recorded_reports
 from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals, failure_written
 from crate_ray.runs import (
     Lease,
@@ -45,7 +47,6 @@ from crate_ray.runs import (
     State,
     TrialRow,
     list_trials,
-    read_records,
     read_status,
     read_sweep,
     write_status,
@@ -316,9 +317,8 @@ class _Run:
             watcher=self.events,
         )
         experiment = Experiment(self.sweep, self.folder, stage, search, grace_s=self.grace_s + EXIT_GRACE_S)
-        for row in over:
-            entry = roster.plan(_point(row)).entry
-            experiment.scheduler.prime(row.id, entry, _reports(self.folder, row))
+        if experiment.scheduler.learns_from_the_past:
+            self._prime(experiment, roster, over)
         try:
             experiment.start()
             reason = self._follow(experiment)
@@ -330,6 +330,16 @@ class _Run:
         self.cut_short = self.cut_short or search.cut_short  # a screening cut short stays so
         self._write_results()
         return reason or search.failure
+
+    def _prime(self, experiment: Experiment, roster: Roster, over: Sequence[TrialRow]) -> None:
+        for row in over:
+            try:
+                planned = roster.plan(_point(row))
+            except (ConfigError, OSError) as error:
+                log.warning("trial %s of an earlier session is left out of the rungs: %s", row.id, error)
+                continue
+            legs = legs_of(planned.run, planned.folder, self.sweep.scheduler, num_samples=self.num_samples)
+            experiment.scheduler.prime(row.id, planned.entry, past_reports(row, legs, self.sweep.scheduler))
 
     def _size_bounds(self, stage: str) -> list[float]:
         scheduler = self.sweep.scheduler
@@ -441,10 +451,16 @@ def _values(row: TrialRow) -> dict[str, float]:
     return {**row.quantities, **row.objectives}
 
 
-def _reports(folder: RunFolder, row: TrialRow) -> list[dict[str, float]]:
-    """What a trial reported, from its records: the steps with an evaluation."""
-    records = read_records(RunFolder(folder.path("trials", row.id)))
-    return [{"step": record.step, **objective_values(record.values)} for record in records if "eval/loss" in record.values]
+def past_reports(row: TrialRow, legs: Sequence[Leg], scheduler: SchedulerConfig) -> list[dict[str, float]]:
+    """What a trial that is over has reported, from its folders, and its end.
+
+    Args:
+        row: The trial.
+        legs: Its runs.
+        scheduler: Of its sweep.
+    """
+    reports = [{"step": report.step, **objective_values(report.values)} for report in recorded_reports(legs, scheduler)]
+    return [*reports, {"step": row.step, **row.objectives}] if row.state == "FINISHED" else reports
 
 
 @contextmanager

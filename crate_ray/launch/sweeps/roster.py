@@ -29,6 +29,7 @@ class Planned:
     Attributes:
         point: What is tried.
         folder: Of the trial.
+        run: Its configuration.
         config: What Tune starts it with.
         entry: What the scheduler must know.
         row: As it stands in tables until its own trial.json is there.
@@ -37,6 +38,7 @@ class Planned:
 
     point: Point
     folder: RunFolder
+    run: RunConfig
     config: dict[str, Any]
     entry: Entry
     row: TrialRow
@@ -108,7 +110,8 @@ class Roster:
             "stop_file": self._folder.path(STOP_FILE),
         }
         refusal = None if self._worker_bytes is None else memory_reason(config, device_bytes=self._worker_bytes)
-        return Planned(point, folder, given, Entry(self._group(point, config, known["params_m"]), steps), row, refusal)
+        entry = Entry(self._group(point, config, known["params_m"]), steps)
+        return Planned(point, folder, config, given, entry, row, refusal)
 
     def unplanned(self, point: Point, reason: str) -> TrialRow:
         """The row of a point that `plan` refused: FAILED, under a name of its own, for it has no identity without its data."""

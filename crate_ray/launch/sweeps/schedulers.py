@@ -93,18 +93,19 @@ class GroupedScheduler(TrialScheduler):
         """See TrialScheduler: all is known already."""
         return True
 
+    @property
+    def learns_from_the_past(self) -> bool:
+        """Whether `prime` is of use: a bracket of HyperBand and a population are made of the trials that go on."""
+        return self._config.type in ("asha", "median")
+
     def prime(self, name: str, entry: Entry, reports: Sequence[Report]) -> None:
         """Takes in a trial that ended in an earlier session, so that rungs hold what they held.
-
-        asha and median only: a bracket of HyperBand and a population are made of the trials that go on.
 
         Args:
             name: The trial's id.
             entry: The trial.
             reports: `step` and objectives, in order.
         """
-        if self._config.type not in ("asha", "median"):
-            return
         scheduler: Any = self._scheduler(entry)
         trial = PastTrial(name)
         scheduler.on_trial_add(None, trial)

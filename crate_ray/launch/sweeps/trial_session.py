@@ -7,7 +7,7 @@ reports. Errors that another attempt would repeat are results too; only those th
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from json import dumps, loads
 from typing import Any
@@ -132,13 +132,10 @@ class TrialSession:
 
     def _recorded_reports(self) -> list[Report]:
         """The reports in the folder that Tune has not seen; of a population only the last, for it is judged as it goes."""
-        reports = []
+        scheduler = self._spec.scheduler
+        reports = recorded_reports(list(self._legs), scheduler)
         while len(self._legs) > 1 and is_finished(self._legs[0].folder):
-            reports.append(self._end_of_leg())
-        leg, scheduler = self._legs[0], self._spec.scheduler
-        if not is_cooled(leg.config, scheduler):
-            evaluated = [r for r in read_records(leg.folder) if any(key.startswith("eval/") for key in r.values)]
-            reports += [Report(r.step, r.values) for r in evaluated if r.step < leg.total_steps]
+            self._end_of_leg()
         unseen = [report for report in reports if report.step > self._after_step]
         return unseen[-1:] if scheduler.type == "pbt" else unseen
 
@@ -274,6 +271,15 @@ class TrialSession:
                 state, reason = "STOPPED", written.reason
             self._write(state=state, reason=reason)
         return ended
+
+
+def recorded_reports(legs: Sequence[Leg], scheduler: SchedulerConfig) -> list[Report]:
+    """What the folders of a trial hold of its reports before its end: the ends of its rungs, or each evaluation on the way."""
+    rungs = [Report(leg.total_steps, _last_values(leg.folder)) for leg in legs[:-1] if is_finished(leg.folder)]
+    if is_cooled(legs[-1].config, scheduler):
+        return rungs
+    evaluated = [r for r in read_records(legs[-1].folder) if any(key.startswith("eval/") for key in r.values)]
+    return [Report(r.step, r.values) for r in evaluated if r.step < legs[-1].total_steps]
 
 
 def _last_values(folder: RunFolder) -> Mapping[str, float]:
