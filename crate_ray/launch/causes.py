@@ -17,6 +17,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 
 from crate_ray.config import ConfigError
 from crate_ray.training.health import TrainingDivergedError
+from crate_ray.training.memory import OutOfMemory
 
 
 class WorkersPausedError(RuntimeError):
@@ -54,9 +55,9 @@ def cure_of(error: BaseException) -> Cure:
     if not isinstance(error, WorkerGroupError):
         return Cure.NONE
     causes = list(error.worker_failures.values())
-    if any(isinstance(cause, _HOPELESS) for cause in causes):
+    if any(isinstance(cause, _HOPELESS) or (isinstance(cause, OutOfMemory) and cause.micro_batch is None) for cause in causes):
         return Cure.NONE
-    if any(isinstance(cause, WorkersPausedError) or _is_preempted(cause) for cause in causes):
+    if any(isinstance(cause, WorkersPausedError | OutOfMemory) or _is_preempted(cause) for cause in causes):
         return Cure.RESTART_FREELY
     return Cure.RESTART
 
@@ -75,7 +76,7 @@ def sentence_of(error: BaseException) -> str:
 
 def _distance(cause: BaseException) -> int:
     """How far from the origin of the failure an error usually is."""
-    if isinstance(cause, _HOPELESS):
+    if isinstance(cause, (*_HOPELESS, OutOfMemory)):
         return 0
     if _death(cause) is not None:
         return 1
