@@ -8,6 +8,7 @@ sum is scaled by W / B. How they are averaged, and who holds which parameters, i
 Shapes: B global batch, M rows of this worker, C x H x W image.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from crate_ray.config import RunConfig
 from crate_ray.config.run import check_pairs
 from crate_ray.data import Batch
 from crate_ray.models import Classifier, MaskedAutoencoder
+from crate_ray.models.layers import recompute_layers
+from crate_ray.training.ema import Ema
 from crate_ray.training.nonfinite import find_non_finite
 from crate_ray.training.objective import create_objective
 from crate_ray.training.optimizer import step_where_finite
@@ -68,6 +71,7 @@ class TrainStep:
         config: Task, batch sizes, clipping, compilation.
         precision: The resolved precision.
         parallel: How workers share the model; by default there is one.
+        ema: Follows the weights after every update that is taken.
 
     Raises:
         ConfigError: Images are mixed in pairs, and these workers would tear pairs apart.
@@ -81,21 +85,26 @@ class TrainStep:
         *,
         precision: str,
         parallel: Parallel | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self._parallel = parallel or Parallel()
         if config.data.is_mixing:
             check_pairs(config, self._parallel.world_size)
         self.device = next(model.parameters()).device
         self._optimizer = optimizer
+        self._ema = ema
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._precision = precision
         self._scale = self._parallel.world_size / config.train.global_batch
         self._micro_batch = config.train.micro_batch
         self._clip_norm = config.train.clip_norm
         self._objective = create_objective(model, config)
+        if config.scale.activation_checkpointing:
+            recompute_layers(model)
         if config.train.compile and can_compile(self.device):
             self._objective.compile()
         self._module = self._parallel.wrap(self._objective)
+        self._is_rehearsed = not self._parallel.learns_graph
 
     def __call__(self, batch: Batch, *, lr: float, votes: Votes = _NO_VOTES) -> "PendingOutcome":
         """Runs one update.
@@ -108,6 +117,8 @@ class TrainStep:
         Returns:
             The step's numbers, read later so that a GPU need not be waited for.
         """
+        if not self._is_rehearsed:
+            self._rehearse(batch)
         loss = self._backward(batch)
         grad_norm = self._clip()
         shared = self._share(loss, votes)
@@ -129,6 +140,8 @@ class TrainStep:
             is_finite: On the device, so that nobody waits for it: whether loss and gradient are numbers, on every rank alike.
         """
         step_where_finite(self._optimizer, is_finite)
+        if self._ema is not None:
+            self._ema.update(is_finite)
         self._optimizer.zero_grad(set_to_none=True)
 
     def find_non_finite(self, batch: Batch) -> str | None:
@@ -141,22 +154,34 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         return finding
 
+    def _rehearse(self, batch: Batch) -> None:
+        """One backward pass that leaves nothing behind, so that the first step of every attempt runs like all others."""
+        idle = dataclasses.replace(batch, weights_B=torch.zeros_like(batch.weights_B))
+        size = min(self._micro_batch or len(idle.weights_B), len(idle.weights_B))
+        self._put_through(idle, self._objective.targets(idle), slice(0, size), is_last=True)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._is_rehearsed = True
+
     def _backward(self, batch: Batch) -> torch.Tensor:
+        """Accumulates the gradient over this worker's rows; returns its sum of losses times W / B."""
         targets_M = self._objective.targets(batch)
         rows = batch.images_BCHW.shape[0]
         size = min(self._micro_batch or rows, rows)
         total = torch.zeros((), device=self.device)
         for start in range(0, rows, size):
-            part = slice(start, start + size)
-            tensors = (batch.images_BCHW, targets_M, batch.weights_B)
-            images, targets, weights = (self._to_device(tensor[part]) for tensor in tensors)
-            images, targets = self._objective.augment(images, targets, cursor=batch.cursor_after)
-            with self._parallel.accumulating(is_last=start + size >= rows):
-                with autocast(self._precision, self.device):
-                    loss = self._module(images, targets, weights) * self._scale
-                loss.backward()
-            total += loss.detach()
+            total += self._put_through(batch, targets_M, slice(start, start + size), is_last=start + size >= rows)
         return total
+
+    def _put_through(self, batch: Batch, targets_M: torch.Tensor, part: slice, *, is_last: bool) -> torch.Tensor:
+        """Forward and backward pass of some rows."""
+        tensors = (batch.images_BCHW, targets_M, batch.weights_B)
+        images, targets, weights = (self._to_device(tensor[part]) for tensor in tensors)
+        images, targets = self._objective.augment(images, targets, cursor=batch.cursor_after)
+        with self._parallel.accumulating(is_last=is_last):
+            with autocast(self._precision, self.device):
+                loss: torch.Tensor = self._module(images, targets, weights) * self._scale
+            loss.backward()
+        return loss.detach()
 
     def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
         """A copy that a GPU overlaps with its work needs page-locked memory."""

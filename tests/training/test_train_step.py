@@ -61,7 +61,7 @@ def test_the_update_is_that_of_the_plain_mean_loss(recipe: str, micro_batch: str
     loss, gradients = plain_loss_and_gradient(config, batch)
     model = build(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=9.0), config, precision="float32")
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=9.0, fused=True), config, precision="float32")
     outcome = step(batch, lr=1.0).read()  # the step sets its own rate: with 1, the update is the gradient
     # float32: sums of at most 8 rows in another order, at weights of order 1.
     assert outcome.loss == pytest.approx(loss, rel=1e-5)
@@ -77,7 +77,7 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm_before(load_tin
     assert norm(gradients) > 0.2
     model = build(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    outcome = TrainStep(model, torch.optim.SGD(model.parameters()), config, precision="float32")(
+    outcome = TrainStep(model, torch.optim.SGD(model.parameters(), fused=True), config, precision="float32")(
         batch, lr=1.0
     ).read()
     updates = {name: before[name] - p.detach() for name, p in model.named_parameters()}
@@ -90,7 +90,7 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm_before(load_tin
 def test_no_gradient_is_carried_into_the_next_step(load_tiny: LoadTiny) -> None:
     config = load_tiny(f"train.global_batch={ROWS}")
     model = build(config)
-    step = TrainStep(model, torch.optim.SGD(model.parameters()), config, precision="float32")
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), fused=True), config, precision="float32")
     first, second = (step(draw_batch(), lr=0.0).read() for _ in range(2))
     assert first == second
 
@@ -98,7 +98,7 @@ def test_no_gradient_is_carried_into_the_next_step(load_tiny: LoadTiny) -> None:
 def test_votes_to_stop_and_to_save_come_back_with_the_loss(load_tiny: LoadTiny) -> None:
     config = load_tiny(f"train.global_batch={ROWS}")
     model = build(config)
-    step = TrainStep(model, torch.optim.SGD(model.parameters()), config, precision="float32")
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), fused=True), config, precision="float32")
     for votes in (Votes(), Votes(stop=True), Votes(save=True), Votes(replaced=3), Votes(written=2)):
         outcome = step(draw_batch(), lr=0.0, votes=votes).read()
         assert (outcome.stop, outcome.save, outcome.replaced, outcome.written) == astuple(votes)
@@ -110,7 +110,7 @@ def test_bfloat16_gives_the_float32_loss_within_its_rounding(recipe: str, load_t
     losses = {}
     for precision in ("float32", "bfloat16"):
         model = build(config)
-        step = TrainStep(model, torch.optim.SGD(model.parameters()), config, precision=precision)
+        step = TrainStep(model, torch.optim.SGD(model.parameters(), fused=True), config, precision=precision)
         losses[precision] = step(draw_batch(), lr=0.0).read().loss
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert losses["bfloat16"] != losses["float32"]
