@@ -38,6 +38,7 @@ DECIDED_BY_SWEEP = {
     "scale.use_gpu": "resources_per_trial.gpus",
 }
 """Keys of runs that follow from keys of the sweep."""
+_WITH_GRACE = ("asha", "median", "hyperband")
 
 
 class Arm(Frozen):
@@ -71,7 +72,9 @@ class SchedulerConfig(Frozen):
     metric: Literal["eval_loss", "knn_top1", "images_per_s"] | None = Field(
         None, description="what rungs are judged by; default: the first objective that is reported while training"
     )
-    grace_steps: int | None = Field(None, ge=1, description="asha, median, hyperband: no trial stops before this step")
+    grace_steps: int | None = Field(
+        None, ge=1, description="asha, median, hyperband: no trial stops before this step; default: report_every_steps"
+    )
     reduction_factor: float = Field(3.0, gt=1, description="asha, hyperband: one in so many goes on")
     bracket_by: Literal["params"] | None = Field(
         None, description="asha, median: trials compete only with those of like size, for small models win short budgets"
@@ -178,6 +181,16 @@ class SweepConfig(Frozen):
             if not re.fullmatch(ARM_PATTERN, name):
                 raise ValueError(f"an arm's name becomes part of a folder's: letters, digits, '_' and '-', not '{name}'")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_rung(cls, values: Any) -> Any:
+        """A rung before the first report would be judged at it, and all the rungs below it at the next ones."""
+        scheduler = values.get("scheduler") if isinstance(values, dict) else None
+        if isinstance(scheduler, dict) and scheduler.get("type") in _WITH_GRACE and scheduler.get("grace_steps") is None:
+            cadence = values.get("report_every_steps", cls.model_fields["report_every_steps"].default)
+            return {**values, "scheduler": {**scheduler, "grace_steps": cadence}}
+        return values
 
     def domains_of(self, arm: str) -> dict[str, Domain]:
         """Everything that varies in an arm: the sweep's space with the arm's own keys, what its solver chooses, and `tune`."""

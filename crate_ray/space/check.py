@@ -141,7 +141,8 @@ def _check_scheduler(sweep: SweepConfig, plan: Plan, steps: int | None) -> None:
     if scheduler.type == "pbt":
         _check_population(sweep, plan, steps)
     elif scheduler.type != "none":
-        grace = scheduler.grace_steps or cadence
+        grace = scheduler.grace_steps
+        assert grace is not None
         if grace < cadence:
             raise ConfigError(
                 f"scheduler.grace_steps = {grace} comes before the first report, at report_every_steps = {cadence}; raise "

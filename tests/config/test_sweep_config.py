@@ -58,6 +58,16 @@ def test_the_small_size_merges_set_and_budget_key_by_key_and_replaces_entries_of
     assert SweepConfig.load(path).set["train.steps"] == 60
 
 
+@pytest.mark.parametrize("kind", ["asha", "median", "hyperband"])
+def test_without_a_grace_period_the_first_report_is_the_first_rung(path: str, kind: str) -> None:
+    assert SweepConfig.load(path, [f"scheduler.type={kind}"]).scheduler.grace_steps == 20
+    assert SweepConfig.load(path, [f"scheduler={{type: {kind}, grace_steps: 40}}"]).scheduler.grace_steps == 40
+    assert (
+        SweepConfig.parse({"name": "a", "base": "b", "confirm": {}, "scheduler": {"type": kind}}).scheduler.grace_steps == 100
+    )
+    assert SweepConfig.load(path).scheduler.grace_steps is None
+
+
 def test_a_file_without_a_small_size_says_how_to_add_one(tmp_path: Path) -> None:
     file = tmp_path / "plain.yaml"
     file.write_text("base: digits_mae\ntune: {optimizer.lr: {grid: [1e-3]}}\n")
