@@ -54,7 +54,8 @@ class LiveForecast:
         if row.state not in ("FINISHED", "STOPPED") or not row.step:
             return
         config = point_config(self._sweep, Point(row.arm, row.values, row.seed, row.stage))
-        planned = planned_trial(row.arm, config, num_samples=self._num_samples)
+        scheduler = self._sweep.scheduler if row.stage == "screen" else None
+        planned = planned_trial(row.arm, config, scheduler=scheduler, num_samples=self._num_samples)
         predicted = self._forecaster.seconds(planned, steps=row.step, is_finished=float(row.state == "FINISHED"))
         self._error = self._error.with_trial(predicted.expected, row.seconds)
 

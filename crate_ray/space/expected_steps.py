@@ -24,12 +24,14 @@ class ExpectedSteps:
         mean: On average over the order of the trials.
         most: When none stops.
         finished: Share of the trials that come to the end, on average.
+        passed: Of each rung, lowest first, the share of the trials that go on from it, on average; empty but for asha.
     """
 
     least: float
     mean: float
     most: float
     finished: float
+    passed: tuple[float, ...] = ()
 
 
 def expected_steps(scheduler: SchedulerConfig, *, total_steps: int, trials: float, report_every: int) -> ExpectedSteps:
@@ -39,7 +41,8 @@ def expected_steps(scheduler: SchedulerConfig, *, total_steps: int, trials: floa
         scheduler: Of the sweep.
         total_steps: Of a trial that is not stopped.
         trials: How many are compared with each other: of one class of size, where classes are.
-        report_every: Steps between two reports; a rung between two reports is judged at the later one.
+        report_every: Steps between two reports; a rung between two reports is judged at the later one. 1 where every rung is
+            judged at the end of a run of its own.
     """
     grace = scheduler.grace_steps or report_every
     if scheduler.type in ("none", "pbt") or grace >= total_steps or trials <= 1:
@@ -54,10 +57,13 @@ def expected_steps(scheduler: SchedulerConfig, *, total_steps: int, trials: floa
     return _asha(scheduler.reduction_factor, grace, total_steps, trials, report_every, least)
 
 
-def rungs(grace_steps: int, reduction_factor: float, total_steps: int) -> list[float]:
-    """Steps at which trials are judged, ascending, without the end: grace x factor^k."""
-    count = math.ceil(math.log(total_steps / grace_steps, reduction_factor) - 1e-9)
-    return [grace_steps * reduction_factor**k for k in range(count)]
+def rungs(grace_steps: int, reduction_factor: float, total_steps: int) -> list[int]:
+    """Steps at which trials are judged, ascending, without the end: grace x factor^k, rounded up to whole steps."""
+    steps, number = set[int](), 0
+    while (milestone := grace_steps * reduction_factor**number) < total_steps:
+        steps.add(math.ceil(milestone))
+        number += 1
+    return sorted(steps - {total_steps})
 
 
 def survivors(trials: float, reduction_factor: float) -> float:
@@ -82,12 +88,13 @@ def _passes(judged: int, factor: float) -> float:
 
 def _asha(factor: float, grace: int, total: int, trials: float, report_every: int, least: float) -> ExpectedSteps:
     judged_at = [step for rung in rungs(grace, factor, total) if (step := _reported(rung, report_every)) < total]
-    left, reached, steps = trials, 0, 0.0
+    left, reached, steps, passed = trials, 0, 0.0, []
     for rung in judged_at:
         steps += left * (rung - reached)
         left, reached = survivors(left, factor), rung
+        passed.append(left / trials)
     steps += left * (total - reached)
-    return ExpectedSteps(min(least, steps / trials), steps / trials, total, left / trials)
+    return ExpectedSteps(min(least, steps / trials), steps / trials, total, left / trials, tuple(passed))
 
 
 def _hyperband(factor: float, grace: int, total: int) -> ExpectedSteps:

@@ -15,10 +15,10 @@ from typing import Any
 
 from crate_ray.config import ConfigError, RunConfig, SweepConfig
 from crate_ray.config.prices import NO_PRICE, Price
-from crate_ray.config.sweep import TrialResources
+from crate_ray.config.sweep import SchedulerConfig, TrialResources
 from crate_ray.models.memory import Precision, activation_bytes, training_state_bytes
 from crate_ray.space.costs import flops_per_step
-from crate_ray.space.expected_steps import ExpectedSteps, expected_steps
+from crate_ray.space.expected_steps import ExpectedSteps, expected_steps, rungs
 
 OVERHEAD_S = 0.3
 """Seconds of a one-worker trial beyond its own loop, on reused actors: benchmarks/results/2026-11-21-sweep.md, 2 cores."""
@@ -49,6 +49,23 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What a trial trains besides where a rung is judged on a cooled branch: from `start` to `rung`, once more."""
+
+    start: int
+    rung: int
+
+    @property
+    def steps(self) -> int:
+        """Of the cooldown."""
+        return self.rung - self.start
+
+    def events(self, every: int) -> int:
+        """How often it does on the way what is done every so many steps and at the end of a run."""
+        return self.rung // every - self.start // every + bool(self.rung % every)
+
+
+@dataclass(frozen=True)
 class PlannedTrial:
     """One run, as far as its cost goes.
 
@@ -57,12 +74,14 @@ class PlannedTrial:
         gflops_per_step: Forward and backward of a global batch.
         steps: Of the whole run.
         whitebox_every: Steps between two looks at its layers; None: it takes none.
+        branches: Of the rungs before its end, lowest first, where they are judged on cooled branches.
     """
 
     arm: str
     gflops_per_step: float
     steps: int
     whitebox_every: int | None = None
+    branches: tuple[Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,22 +251,32 @@ class Forecaster:
         self._overhead_s = default if overhead_s is None else overhead_s
         self._start_s = start_s
 
-    def seconds(self, trial: PlannedTrial, *, steps: float, is_finished: float = 1.0) -> Range:
+    def seconds(
+        self, trial: PlannedTrial, *, steps: float, is_finished: float = 1.0, passed: Sequence[float] | None = None
+    ) -> Range:
         """How long one trial holds its resources.
 
         Args:
             trial: The trial.
-            steps: That it trains.
+            steps: That it reaches; what it trains on cooled branches comes on top.
             is_finished: The probability that it comes to its end and is probed.
+            passed: Of each branch, the probability that the trial goes on from its rung; default: whether it reaches further.
         """
-        cost, x = self._costs[trial.arm], trial.gflops_per_step
-        evaluations = -(-steps // self._sweep.report_every_steps)
-        beside = self._overhead_s + cost.frame.at(x) + evaluations * cost.evaluation.at(x)
-        if trial.whitebox_every is not None:
-            beside += (1 + -(-steps // trial.whitebox_every)) * cost.whitebox.at(x)
+        cost, x, every = self._costs[trial.arm], trial.gflops_per_step, self._sweep.report_every_steps
+        if passed is None:
+            passed = [float(branch.rung < steps) for branch in trial.branches]
+        branches = list(zip(trial.branches, passed, strict=True))
+        evaluations = -(-steps // every) + sum(share * branch.events(every) for branch, share in branches)
+        beside = self._overhead_s + (1 + sum(passed)) * cost.frame.at(x) + evaluations * cost.evaluation.at(x)
+        if self._sweep.resources_per_trial.num_workers > 1:
+            beside += sum(passed) * self._overhead_s  # each starts workers of its own
+        if (whitebox_every := trial.whitebox_every) is not None:
+            looks = 1 + -(-steps // whitebox_every) + sum(share * branch.events(whitebox_every) for branch, share in branches)
+            beside += looks * cost.whitebox.at(x)
         if "probe_top1" in self._sweep.objective:
             beside += is_finished * cost.probe.at(x)
-        low, expected, high = (beside + steps * line.at(x) for line in cost.step)
+        trained = steps + sum(share * branch.steps for branch, share in branches)
+        low, expected, high = (beside + trained * line.at(x) for line in cost.step)
         return Range(low, expected, high)
 
     def forecast(
@@ -278,16 +307,23 @@ class Forecaster:
         classes = self._sweep.scheduler.num_brackets if self._sweep.scheduler.bracket_by else 1
         rivals = len(trials) / classes
         reach = [self._expected_steps(trial, rivals) for trial in trials]
-        low = [self.seconds(t, steps=r.least, is_finished=0).low for t, r in zip(trials, reach, strict=True)]
-        mean = [self.seconds(t, steps=r.mean, is_finished=r.finished).expected for t, r in zip(trials, reach, strict=True)]
+        low = [self._least_seconds(t, r, rivals) for t, r in zip(trials, reach, strict=True)]
+        mean = [
+            self.seconds(t, steps=r.mean, is_finished=r.finished, passed=(r.passed if t.branches else ()) or None).expected
+            for t, r in zip(trials, reach, strict=True)
+        ]
         high = [self.seconds(t, steps=r.most).high for t, r in zip(trials, reach, strict=True)]
         steps = Range(sum(r.least for r in reach), sum(r.mean for r in reach), sum(r.most for r in reach))
         return _stage(steps, low, mean, high, concurrency)
 
     def _expected_steps(self, trial: PlannedTrial, rivals: float) -> ExpectedSteps:
-        return expected_steps(
-            self._sweep.scheduler, total_steps=trial.steps, trials=rivals, report_every=self._sweep.report_every_steps
-        )
+        report_every = 1 if trial.branches else self._sweep.report_every_steps
+        return expected_steps(self._sweep.scheduler, total_steps=trial.steps, trials=rivals, report_every=report_every)
+
+    def _least_seconds(self, trial: PlannedTrial, reach: ExpectedSteps, rivals: float) -> float:
+        """One trial of each class has no rival and passes every rung."""
+        passed = [min(1.0, 1 / rivals)] * len(trial.branches)
+        return self.seconds(trial, steps=reach.least, is_finished=0, passed=passed).low
 
     def _confirm(self, candidates: Sequence[PlannedTrial], number: int, concurrency: int) -> StageForecast:
         """Which runs are trained is not known: the mean of each arm's candidates, between its cheapest and its dearest."""
@@ -325,12 +361,15 @@ def devices(resources: TrialResources) -> float:
     return resources.num_workers * (resources.gpus or resources.cpus)
 
 
-def planned_trial(arm: str, config: RunConfig, *, num_samples: int | None = None) -> PlannedTrial:
+def planned_trial(
+    arm: str, config: RunConfig, *, scheduler: SchedulerConfig | None = None, num_samples: int | None = None
+) -> PlannedTrial:
     """A run of an arm as its cost goes.
 
     Args:
         arm: The arm.
         config: Of the point.
+        scheduler: Who judges it; nobody does by default, as in the second stage.
         num_samples: Images of the training data, for a length in epochs.
 
     Raises:
@@ -339,7 +378,18 @@ def planned_trial(arm: str, config: RunConfig, *, num_samples: int | None = None
     steps = config.train.num_steps(num_samples)
     if steps is None:
         raise ConfigError("a forecast needs the number of steps: set train.steps, or build the training data first")
-    return PlannedTrial(arm, flops_per_step(config) / 1e9, steps, config.eval.whitebox_every_steps)
+    branches = () if scheduler is None else _branches(config, scheduler, steps)
+    return PlannedTrial(arm, flops_per_step(config) / 1e9, steps, config.eval.whitebox_every_steps, branches)
+
+
+def _branches(config: RunConfig, scheduler: SchedulerConfig, total_steps: int) -> tuple[Branch, ...]:
+    """Each rung's cooldown is its last share of steps; a warm-up that reaches into it is passed over."""
+    fraction = config.schedule.cooldown_fraction
+    if fraction is None or scheduler.type != "asha":
+        return ()
+    assert scheduler.grace_steps is not None
+    at = rungs(scheduler.grace_steps, scheduler.reduction_factor, total_steps)
+    return tuple(Branch(rung - max(1, round(fraction * rung)), rung) for rung in at)
 
 
 def extremes(trials: Iterable[PlannedTrial]) -> dict[str, tuple[int, ...]]:

@@ -61,7 +61,10 @@ def planned_sweep(sweep: SweepConfig, plan: Plan, num_samples: int | None = None
     """
     points = plan.in_turns(sweep.budget.trials)
     configs = _configs(sweep, points, num_samples)
-    screen = [planned_trial(point.arm, config, num_samples=num_samples) for point, config in zip(points, configs, strict=True)]
+    screen = [
+        planned_trial(point.arm, config, scheduler=sweep.scheduler, num_samples=num_samples)
+        for point, config in zip(points, configs, strict=True)
+    ]
     confirm: list[PlannedTrial] = []
     num_confirm = 0
     if sweep.confirm is not None:

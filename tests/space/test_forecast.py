@@ -1,6 +1,7 @@
 """What a sweep will cost, against sums by hand and simulations of its schedulers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import pytest
 from crate_ray.config import ConfigError, RunConfig, SweepConfig
 from crate_ray.config.prices import NO_PRICE, Price
 from crate_ray.config.sweep import SchedulerConfig
+from crate_ray.launch.sweeps.rungs import legs_of
 from crate_ray.models.cost import forward_flops
 from crate_ray.models.memory import activation_bytes, training_state_bytes
+from crate_ray.runs import RunFolder
+from crate_ray.space.arms import arm_config
 from crate_ray.space.expected_steps import expected_steps, rungs, survivors
 from crate_ray.space.forecast import (
     MEMORY_BASE_BYTES,
@@ -88,6 +92,7 @@ def test_rungs_multiply_from_the_grace_period_and_leave_out_the_end() -> None:
     assert rungs(100, 3, 900) == [100, 300]
     assert rungs(100, 3, 901) == [100, 300, 900]
     assert rungs(100, 2, 100) == []
+    assert rungs(3, 1.5, 8) == [3, 5, 7], "3, 4.5 and 6.75"
 
 
 def test_hyperband_averages_over_its_brackets() -> None:
@@ -142,6 +147,70 @@ def test_each_arm_has_a_line_of_its_own() -> None:
     forecaster = Forecaster(sweep_of(), {"crate": [SMALL], "vit": [dear]}, overhead_s=0)
     both = [forecaster.seconds(PlannedTrial(arm, 1.0, 10), steps=10).expected for arm in ("crate", "vit")]
     assert both == pytest.approx([2 + 1 + 2, 10])
+
+
+def cooled_sweep(**keys: object) -> SweepConfig:
+    """Rungs at 40 and 120 of 200 steps, each with a cooldown of a quarter: 10 and 30 steps."""
+    keys = {"train.steps": 200, "schedule.cooldown_fraction": 0.25, "schedule.warmup_steps": 5, **keys}
+    return sweep_of(set=keys, scheduler={"type": "asha", "grace_steps": 40}, report_every_steps=20)
+
+
+def cooled_trial(sweep: SweepConfig) -> PlannedTrial:
+    return planned_sweep(sweep, make_plan(sweep)).screen[0]
+
+
+def test_a_trial_judged_on_cooled_branches_trains_evaluates_and_starts_each_of_them_besides() -> None:
+    sweep = cooled_sweep(**{"eval.whitebox_every_steps": 50})
+    trial = cooled_trial(sweep)
+    measured = Measured(trial.gflops_per_step, (1.0,), evaluation_s=100.0, whitebox_s=1e4, frame_s=1e6)
+    forecaster = Forecaster(sweep, {trial.arm: [measured]}, overhead_s=0)
+    # Evaluated at 20, 40, ..., 200; on the branches from 30 and from 90 on once more at 40, and at 100 and 120.
+    # The layers at 0, 50, ..., 200; once more at 40, an end, and at 100 and 120.
+    expected = {40: 40 + 2e2 + 2e4 + 1e6, 120: 130 + 7e2 + 5e4 + 2e6, 200: 240 + 13e2 + 8e4 + 3e6}
+    for steps, seconds in expected.items():
+        assert forecaster.seconds(trial, steps=steps).expected == pytest.approx(seconds), steps
+
+
+@pytest.mark.parametrize(("steps", "fraction", "factor"), [(200, 0.25, 3), (1000, 0.2, 1.7), (41, 0.01, 2)])
+def test_the_branches_are_those_that_a_trial_trains(steps: int, fraction: float, factor: float) -> None:
+    sweep = cooled_sweep(**{"train.steps": steps, "schedule.cooldown_fraction": fraction})
+    scheduler = sweep.scheduler.model_copy(update={"reduction_factor": factor})
+    config = arm_config(sweep, "crate")
+    legs = legs_of(config, RunFolder("/nowhere"), scheduler, num_samples=1000)
+    trial = planned_trial("crate", config, scheduler=scheduler)
+    assert [(branch.start, branch.rung) for branch in trial.branches] == [(leg.cooldown, leg.total_steps) for leg in legs[:-1]]
+    starts = [0, *(leg.cooldown or 0 for leg in legs[:-1])]
+    trained = sum(leg.total_steps - start for leg, start in zip(legs, starts, strict=True))
+    assert steps + sum(branch.steps for branch in trial.branches) == trained
+
+
+def test_a_screening_on_cooled_branches_pays_for_those_that_go_on_from_a_rung() -> None:
+    sweep = cooled_sweep()
+    trial = replace(cooled_trial(sweep), whitebox_every=None)
+    measured = Measured(trial.gflops_per_step, (1.0,), evaluation_s=0.0)
+    found = Forecaster(sweep, {trial.arm: [measured]}, overhead_s=0).forecast([trial] * 9, concurrency=1).screen
+    past_40 = survivors(9, 3)
+    past_120 = survivors(past_40, 3)
+    straight = 9 * 40 + past_40 * 80 + past_120 * 80
+    assert found.steps.expected == pytest.approx(straight)
+    assert found.trial_seconds.expected == pytest.approx(straight + past_40 * 10 + past_120 * 30)
+    assert found.trial_seconds.low == pytest.approx(8 * 40 + 200 + 10 + 30)
+    assert found.trial_seconds.high == pytest.approx(9 * (200 + 10 + 30))
+
+
+def test_what_confirms_is_one_run_to_its_end_whatever_judged_the_screening() -> None:
+    sweep = cooled_sweep().model_copy(update={"confirm": sweep_of(confirm={}).confirm})
+    planned = planned_sweep(sweep, make_plan(sweep))
+    assert all(len(trial.branches) == 2 for trial in planned.screen)
+    assert {trial.branches for trial in planned.confirm} == {()}
+
+
+def test_each_branch_of_several_workers_starts_them_anew() -> None:
+    two = sweep_of(resources_per_trial={"num_workers": 2}).resources_per_trial
+    sweep = cooled_sweep().model_copy(update={"resources_per_trial": two})
+    trial = replace(cooled_trial(sweep), whitebox_every=None)
+    measured = Measured(trial.gflops_per_step, (0.0,), evaluation_s=0.0)
+    assert Forecaster(sweep, {trial.arm: [measured]}, overhead_s=7).seconds(trial, steps=200).expected == 3 * 7
 
 
 def test_the_next_trial_takes_the_first_free_place() -> None:
