@@ -178,7 +178,7 @@ def check_limits() -> list[Check]:
 
 def check_storage(uri: str) -> list[Check]:
     """Whether runs can be written, and how much room is left."""
-    existed = storage.exists(uri)
+    missing = _missing_folders(storage.local_path(uri)) if storage.is_local(uri) else []
     start = time.monotonic()
     try:
         storage.check_writable(uri)
@@ -186,12 +186,16 @@ def check_storage(uri: str) -> list[Check]:
         return [Check("storage", "fail", str(error), "give another folder or bucket: --set storage.path=PATH")]
     rows = [Check("storage", "ok", f"{uri} can be written ({time.monotonic() - start:.2f} s)")]
     if storage.is_local(uri):
-        path = storage.local_path(uri)
-        rows.append(_disk(shutil.disk_usage(path).free))
-        if not existed:
+        rows.append(_disk(shutil.disk_usage(storage.local_path(uri)).free))
+        for folder in missing:
             with contextlib.suppress(OSError):
-                path.rmdir()
+                folder.rmdir()
     return rows
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """What a look makes, the deepest first, and takes away again."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _disk(free: int) -> Check:

@@ -9,13 +9,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from crate_ray.cli.output import errors
-from crate_ray.cli.progress import RunProgress
-from crate_ray.config import RunConfig
+from crate_ray.cli.progress import RunProgress, plural
+from crate_ray.config import RunConfig, ScaleConfig
 from crate_ray.runs import RunFolder, read_status
 
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
     from crate_ray.tracking import Mirror
+    from crate_ray.training.profiling import ProfiledSteps
 
 
 class Tracking:
@@ -94,13 +95,18 @@ class Study:
         self._progress.__exit__(kind, error, trace)
         self._tracking.__exit__(kind, error, trace)
 
-    def train(self, config: RunConfig) -> "RunOutcome":
-        """Trains one run to its end or to a stop."""
+    def train(self, config: RunConfig, *, profiled: "ProfiledSteps | None" = None) -> "RunOutcome":
+        """Trains one run to its end or to a stop, and traces some of its steps where that is asked for."""
         from crate_ray.launch.train import launch_training
 
         study = self.experiment.rsplit("/", 1)[-1]
         outcome = launch_training(
-            config, study=study, on_start=self._started, on_poll=self._progress.poll, on_stop=say_stopping
+            config,
+            study=study,
+            on_start=self._started,
+            on_poll=self._progress.poll,
+            on_stop=say_stopping,
+            profiled=profiled,
         )
         if outcome.was_finished:
             self._tracking.follow(outcome.folder)
@@ -120,8 +126,22 @@ class Study:
         if held is not None:
             errors.print(f"{folder.name}: resuming from step {held.step}", soft_wrap=True)
         status = read_status(folder)
-        total = total_steps(config, load_source(config.data.source).num_samples)
-        self._progress.follow(folder, total=total, attempt=status.attempt if status else 1)
+        self._progress.follow(
+            folder,
+            total=total_steps(config, load_source(config.data.source).num_samples),
+            attempt=status.attempt if status else 1,
+            done=held.step if held else 0,
+            workers=workers_in_words(config.scale),
+        )
+
+
+def workers_in_words(scale: ScaleConfig) -> str:
+    """`1 worker`, `2 workers`, `1 to 4 workers`."""
+    return (
+        f"{scale.min_workers} to {plural(scale.max_workers, 'worker')}"
+        if scale.is_elastic
+        else plural(scale.max_workers, "worker")
+    )
 
 
 def say_stopping(number: int) -> None:

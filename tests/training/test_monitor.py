@@ -109,8 +109,9 @@ def measure_sharded(rank: int, world_size: int, hybrid: bool, folder: str) -> No
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     model, grads = sharding_case()
-    mesh = init_device_mesh("cpu", (2, world_size // 2) if hybrid else (world_size,))
-    for block in model["blocks"]:  # type: ignore[union-attr]
+    shape, names = ((2, world_size // 2), ("copy", "shard")) if hybrid else ((world_size,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -123,9 +124,21 @@ def measure_sharded(rank: int, world_size: int, hybrid: bool, folder: str) -> No
     dist.destroy_process_group()
 
 
-def sharding_case() -> tuple[nn.ModuleDict, dict[str, torch.Tensor]]:
+class Stack(nn.Module):
+    """Two blocks whose rows no number of workers here divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(6, 5)
+        self.blocks = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 7)])
+
+    def forward(self, z_BD: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](self.patch_embed(z_BD)))  # type: ignore[no-any-return]
+
+
+def sharding_case() -> tuple[Stack, dict[str, torch.Tensor]]:
     torch.manual_seed(3)
-    model = nn.ModuleDict({"patch_embed": nn.Linear(6, 5), "blocks": nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 7)])})
+    model = Stack()
     return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 

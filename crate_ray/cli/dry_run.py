@@ -1,0 +1,275 @@
+"""`crate-ray train --dry-run`: what a run would be, need and write, before anything is started.
+
+In: a configuration, and the share of the peak to expect. Out: facts, as a screen in sections or as one JSON object. Sizes and
+operations are closed forms (`models.cost`, `models.memory`); what they leave out is said beside them. Checks write no more
+than a test file that is removed again, and ask a cluster only where RAY_ADDRESS names one: none is started.
+"""
+
+import inspect
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from crate_ray.cli import checks
+from crate_ray.cli.checks import Check
+from crate_ray.cli.dry_run_screen import print_plan
+from crate_ray.cli.output import bytes_in_words, print_json
+from crate_ray.cli.study import workers_in_words
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.runs import RunFolder, is_finished
+
+if TYPE_CHECKING:
+    from crate_ray.launch.cluster import Capacity
+
+_FLOAT32_BYTES = 4
+
+
+def dry_run(config: RunConfig, *, mfu: float, as_json: bool) -> None:
+    """Prints what a run would be; reads the data's index, and leaves nothing behind.
+
+    Args:
+        config: As loaded.
+        mfu: Share of the peak that the model's operations reach, 0 to 1.
+        as_json: One JSON object instead of the screen.
+
+    Raises:
+        ConfigError: What the run would be refused for: data, labels, names, first weights.
+        typer.Exit: With code 2, when a check failed.
+    """
+    from crate_ray.training.prepare import absolute_paths, locate_run
+
+    config = absolute_paths(config)
+    folder = locate_run(config)
+    device, rows = _find_device(config)
+    facts = _facts(config, folder, device, mfu=mfu)
+    rows = [*checks.check_storage(config.storage.path), *_check_room(config, facts), *rows]
+    found = {**facts, "checks": [asdict(row) for row in rows]}
+    if as_json:
+        print_json({**found, "config": config.model_dump(mode="json")})
+    else:
+        print_plan(config, found, rows)
+    if any(row.state == "fail" for row in rows):
+        raise typer.Exit(2)
+
+
+def _facts(config: RunConfig, folder: RunFolder, device: str, *, mfu: float) -> dict[str, Any]:
+    from crate_ray.data import load_source
+    from crate_ray.training.precision import resolve_precision
+    from crate_ray.training.schedule import total_steps, warmup_steps
+
+    samples = load_source(config.data.source).num_samples
+    steps, batch, scale = total_steps(config, samples), config.train.global_batch, config.scale
+    rows = math.ceil(batch / scale.min_workers)
+    is_gpu = device != "CPU"
+    # A GPU that is not here is taken for one with bfloat16, as all of the table are.
+    auto = "bfloat16" if is_gpu else resolve_precision("auto", "cpu")
+    precision = auto if config.train.precision == "auto" else config.train.precision
+    mix = _mix(config, steps * batch)
+    return {
+        "run": folder.name,
+        "folder": folder.uri,
+        **_state(folder),
+        "task": config.task,
+        **({"starts_from": config.train.init_from} if config.train.init_from else {}),
+        "samples": samples,
+        **({"mix": mix} if mix else {}),
+        "steps": steps,
+        "epochs": round(steps * batch / samples, 2),
+        "warmup_steps": warmup_steps(config, samples),
+        "peak_lr": config.optimizer.peak_lr(batch),
+        "device": device,
+        "workers": f"{scale.min_workers} to {scale.max_workers}" if scale.is_elastic else scale.max_workers,
+        "parallel": scale.parallel,
+        "precision": precision,
+        "batch_per_worker": rows,
+        "micro_batches": math.ceil(rows / (config.train.micro_batch or rows)),
+        **_cost(config, steps * batch),
+        **_hours(config, device, precision, steps * batch, mfu=mfu),
+        "memory_bytes": _memory(config, rows, precision),
+        **_checkpoints(config),
+        "writes": _writes(config, folder),
+    }
+
+
+def _state(folder: RunFolder) -> dict[str, Any]:
+    """Where the same command would go on."""
+    from crate_ray.training.checkpoint import latest_checkpoint
+
+    held = latest_checkpoint(folder)
+    return {"is_finished": is_finished(folder), "resumes_from_step": held.step if held else None}
+
+
+def _cost(config: RunConfig, images: int) -> dict[str, Any]:
+    from crate_ray.models.cost import count_parameters, training_flops_per_image
+
+    parameters, flops = count_parameters(config.model), training_flops_per_image(config.model)
+    return {
+        "params_trainable": parameters.trainable,
+        "params_encoder": parameters.encoder,
+        "training_gflops_per_image": float(f"{flops / 1e9:.4g}"),
+        "training_pflops_in_all": float(f"{flops * images / 1e15:.4g}"),
+    }
+
+
+def _hours(config: RunConfig, device: str, precision: str, images: int, *, mfu: float) -> dict[str, Any]:
+    """Hours at a share of the peak, of the most workers; None where no peak is known."""
+    from crate_ray.models.cost import training_flops_per_image
+    from crate_ray.models.peaks import peak_tflops
+
+    peak = config.scale.peak_tflops or peak_tflops(device, precision)
+    flops = training_flops_per_image(config.model) * images
+    hours = None if peak is None else flops / (config.scale.max_workers * peak * 1e12 * mfu) / 3600
+    return {"mfu": mfu, "peak_tflops": peak, "hours": hours and float(f"{hours:.4g}")}
+
+
+def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
+    """Bytes of one worker: on its device, and beside Python and torch on its host.
+
+    Args:
+        config: Of the run.
+        rows: Images a step of one worker.
+        precision: Resolved.
+    """
+    from crate_ray.models import memory
+
+    model, scale, keeps_ema = config.model, config.scale, config.train.ema is not None
+    at_once = min(config.train.micro_batch or rows, rows)
+    shards = scale.min_workers if scale.parallel == "fsdp" else 1
+    state = memory.training_state_bytes(model, optimizer=config.optimizer.name, ema=keeps_ema) // shards
+    product: memory.Precision = "bfloat16" if precision == "bfloat16" else "float32"
+    activations = at_once * memory.activation_bytes(model, precision=product, recompute=scale.activation_checkpointing)
+    pixels = 3 * model.image_size**2
+    noise = model.num_patches if config.task == "pretrain" else 0
+    return {
+        "state": state,
+        "activations": activations,
+        "device": state + activations,
+        "batches_read_ahead": _batches_read_ahead() * rows * _FLOAT32_BYTES * (pixels + noise),
+        "checkpoint_copy": _checkpoint_bytes(config) // shards,
+    }
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    """Weights with position tables, optimizer state and average, in float32; the files' headers are not counted."""
+    from crate_ray.models.cost import count_parameters
+    from crate_ray.models.memory import training_state_bytes
+
+    count = count_parameters(config.model)
+    weights_and_gradients = 2 * _FLOAT32_BYTES * count.trainable
+    of_optimizer = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None)
+    return _FLOAT32_BYTES * count.total + of_optimizer - weights_and_gradients
+
+
+def _checkpoints(config: RunConfig) -> dict[str, Any]:
+    """Size of one, how many are kept, and the bytes of all while the next is written."""
+    size, kept = _checkpoint_bytes(config), config.checkpoint.keep_last
+    pinned = 1 if config.schedule.cooldown_fraction is not None else 0
+    return {
+        "checkpoint_bytes": size,
+        "checkpoints_kept": kept + pinned,
+        "checkpoint_bytes_in_all": size * (kept + pinned + 1),
+    }
+
+
+def _writes(config: RunConfig, folder: RunFolder) -> dict[str, str]:
+    from crate_ray import tracking
+
+    return {
+        "run folder": folder.uri,
+        "checkpoints": folder.path("checkpoints"),
+        "records": folder.path("metrics.jsonl" if folder.is_local else "metrics"),
+        "MLflow": config.tracking.uri or tracking.default_uri(config.storage.path),
+        **({"shard cache": config.data.cache_dir} if config.data.cache_dir else {}),
+    }
+
+
+def _mix(config: RunConfig, images: int) -> list[dict[str, Any]]:
+    """What a run of so many images reads of each data set of its mix; nothing of a run without a mix."""
+    from crate_ray.data import load_index
+
+    parts = config.data.mix or ()
+    total = sum(part.weight for part in parts)
+    sizes = [load_index(part.train).num_samples for part in parts]
+    return [
+        {"train": part.train, "samples": size, "share": part.weight / total, "epochs": images * part.weight / total / size}
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def _batches_read_ahead() -> int:
+    """Per worker, as the reader does by default."""
+    from crate_ray.data import open_reader
+
+    return int(inspect.signature(open_reader).parameters["prefetch"].default)
+
+
+def _find_device(config: RunConfig) -> tuple[str, list[Check]]:
+    """What workers compute on, and whether they fit: on the cluster that RAY_ADDRESS names, else on this machine.
+
+    Returns:
+        `CPU`, or the name of a GPU, which is `GPU` where nobody says it.
+    """
+    from crate_ray.launch import cluster
+
+    is_cluster = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    rows = checks.check_ray() if is_cluster else []
+    have = cluster.this_machine()
+    if is_cluster and all(row.state != "fail" for row in rows):
+        try:
+            cluster.connect()
+        except ConfigError as error:
+            return _device_of(config, have), [Check("Ray", "fail", str(error), "correct RAY_ADDRESS, or unset it")]
+        have = cluster.capacity()
+        return _device_of(config, have), [*rows, _check_workers(config, have, where="the cluster", state="fail")]
+    if is_cluster:
+        return _device_of(config, have), rows
+    return _device_of(config, have), [_check_workers(config, have, where="this machine", state="warn")]
+
+
+def _device_of(config: RunConfig, have: "Capacity") -> str:
+    if not _uses_gpu(config, have):
+        return "CPU"
+    kinds = [key.partition(":")[2] for node in have.nodes for key in node if key.startswith("accelerator_type:")]
+    if kinds:
+        return kinds[0]
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "GPU"
+
+
+def _uses_gpu(config: RunConfig, have: "Capacity") -> bool:
+    if config.scale.use_gpu == "auto":
+        return have.total("GPU") >= config.scale.min_workers
+    return config.scale.use_gpu
+
+
+def _check_workers(config: RunConfig, have: "Capacity", *, where: str, state: Literal["warn", "fail"]) -> Check:
+    from crate_ray.launch.cluster import worker_need
+
+    need = worker_need(config.scale.model_copy(update={"use_gpu": _uses_gpu(config, have)}))
+    room = have.workers_at_most(need)
+    each = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
+    found = f"{workers_in_words(config.scale)} of {each} each; {where} has room for {room}"
+    if room >= config.scale.min_workers:
+        return Check("workers", "ok", found)
+    ask = "" if state == "fail" else "; RAY_ADDRESS asks the cluster that is to run it"
+    return Check("workers", state, found, f"lower scale.num_workers or scale.cpus_per_worker, or add nodes{ask}")
+
+
+def _check_room(config: RunConfig, facts: Mapping[str, Any]) -> list[Check]:
+    """A row where the checkpoints do not fit on the disk."""
+    from crate_ray import storage
+
+    if not storage.is_local(config.storage.path):
+        return []
+    path = storage.local_path(config.storage.path)
+    free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    if free >= facts["checkpoint_bytes_in_all"]:
+        return []
+    found = f"checkpoints take {bytes_in_words(facts['checkpoint_bytes_in_all'])}, and {bytes_in_words(free)} are free"
+    return [Check("disk", "fail", found, "free some, lower checkpoint.keep_last, or use another storage.path")]
