@@ -18,10 +18,11 @@ import typer
 from crate_ray.cli import checks
 from crate_ray.cli.checks import Check
 from crate_ray.cli.dry_run_screen import print_plan
-from crate_ray.cli.output import bytes_in_words, print_json
+from crate_ray.cli.output import print_json
 from crate_ray.cli.study import workers_in_words
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.runs import RunFolder, is_finished
+from crate_ray.storage import bytes_in_words
 
 if TYPE_CHECKING:
     from crate_ray.launch.cluster import Capacity

@@ -12,10 +12,11 @@ from typing import Any
 from rich.markup import escape
 
 from crate_ray.cli.checks import Check
-from crate_ray.cli.output import bytes_in_words, console, print_table
+from crate_ray.cli.output import console, print_table
 from crate_ray.cli.progress import plural
 from crate_ray.cli.study import workers_in_words
 from crate_ray.config import RunConfig
+from crate_ray.storage import bytes_in_words
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _LABEL = 13  # columns of the names of sections

@@ -37,13 +37,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     is_wide = not console.is_terminal or not any(is_text[1:])
     target = Console(width=max(console.width, 200), highlight=False, emoji=False) if is_wide else console
     target.print(table, soft_wrap=False)
-
-
-def bytes_in_words(size: float) -> str:
-    """A number of bytes with three digits: `4.91 MiB`, `1.2 TiB`."""
-    unit = "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1000 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"

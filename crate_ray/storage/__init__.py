@@ -21,11 +21,13 @@ from crate_ray.storage.files import (
 from crate_ray.storage.remote import RemoteFile, open_store
 from crate_ray.storage.retry import StorageError, retry_deadline
 from crate_ray.storage.uris import absolute, is_local, join, local_path, scheme
+from crate_ray.storage.words import bytes_in_words
 
 __all__ = [
     "RemoteFile",
     "StorageError",
     "absolute",
+    "bytes_in_words",
     "check_writable",
     "delete",
     "exists",
