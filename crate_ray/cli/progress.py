@@ -96,9 +96,9 @@ class RunProgress:
 
     def __init__(self) -> None:
         self._is_terminal = errors.is_terminal and not errors.is_dumb_terminal
+        self._runs: list[ShownRun] = []
         self._live = Live(console=errors, refresh_per_second=4, get_renderable=self.render)
         self._stack = ExitStack()
-        self._runs: list[ShownRun] = []
         self._tail: RecordTail | None = None
         self._read_every_s = self._next_read = self._last_line = 0.0
 
