@@ -46,10 +46,10 @@ class _Search:
 
     def look_at_gradients(self) -> None:
         """Gradients that are summed or averaged after their hooks; and a sum of squares that alone overflows."""
-        squares = {n: _local(p.grad).float().square().sum() for n, p in self._module.named_parameters() if p.grad is not None}
+        squares = {n: _local(p.grad).double().square().sum() for n, p in self._module.named_parameters() if p.grad is not None}
         for name, parameter in self._module.named_parameters():
             self._note(not _is_finite(parameter.grad), f"the gradient of {_shown(name)} is not finite once it is summed")
-        if squares and not torch.isfinite(torch.stack(list(squares.values())).sum()):
+        if squares and not torch.isfinite(torch.stack(list(squares.values())).sum().float()):
             largest = max(squares, key=lambda name: float(squares[name]))
             self._note(True, f"the norm of the gradient overflows, by that of {_shown(largest)}, though every entry is finite")
 
