@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import RunConfig, SweepConfig, is_exploratory
-from crate_ray.models.cost import count_parameters, forward_flops
+from crate_ray.models.cost import count_parameters, encode_flops, forward_flops
 from crate_ray.space import ArmSpace, Plan, Point, Stage, check_sweep, make_plan, make_planner, quantities
 
 FOLDER = Path(__file__).resolve().parents[2] / "sweeps"
@@ -111,6 +111,22 @@ def test_the_cost_of_a_header_is_that_of_its_plan(name: str) -> None:
             dearest[key] = max(cost, dearest.get(key, 0))
     assert int(confirming) == sweep.confirm.seeds * sweep.confirm.top_k * len(dearest)
     assert number(confirming_pflops) == pytest.approx(sweep.confirm.seeds * sum(dearest.values()), rel=0.05)
+
+
+def test_what_evaluation_adds_to_the_mask_ratios_is_what_the_header_says() -> None:
+    match = re.search(r"Evaluation adds ([\d.]+)%", header("mask_ratio"))
+    assert match is not None
+    trained, evaluated = 0.0, 0.0
+    for arm in plan("mask_ratio").points:
+        for _, config in runs("mask_ratio", arm):
+            assert config.train.steps is not None
+            assert config.eval.max_images is not None
+            reports = -(-config.train.steps // load("mask_ratio").report_every_steps)
+            losses = config.eval.max_images * forward_flops(config.model) * len(config.eval.mask_ratios or ())
+            features = (config.eval.knn_images + config.eval.max_images) * encode_flops(config.model)
+            evaluated += reports * (losses + features)
+            trained += config.train.steps * config.train.global_batch * 3 * forward_flops(config.model)
+    assert 100 * evaluated / trained == pytest.approx(number(match.group(1)), abs=0.05)
 
 
 @pytest.mark.parametrize("name", NAMES)
