@@ -25,9 +25,11 @@ import torch
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch
 from crate_ray.models import create_model
-from crate_ray.runs import RunFolder
-from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint, save_checkpoint
+from crate_ray.runs import NullSink, RunFolder
+from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors
+from crate_ray.training.parallel import Parallel
+from crate_ray.training.saving import CheckpointSaver
 from crate_ray.training.step import TrainStep
 
 def train(recipe, folder):
@@ -41,8 +43,11 @@ def train(recipe, folder):
     batch = Batch(images, whole, torch.rand(4, model.num_patches), torch.ones(4), whole, whole, 4)
     losses = [step(batch, lr=1e-3).read().loss for _ in range(3)]
     assert losses[0] > losses[1] > losses[2], losses
-    tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
-    save_checkpoint(folder, step=3, cursor=12, train_seconds=0.0, **tensors)
+    files = {MODEL_FILE: (model.state_dict(), {}), OPTIMIZER_FILE: (optimizer_tensors(model, optimizer), {})}
+    saver = CheckpointSaver(config, folder, ranks=Parallel(), device=torch.device("cpu"), sink=NullSink(), attempt=1)
+    saver.save(3, files, {"cursor": 12, "train_seconds": 0.0})
+    saver.wait(is_last=True)
+    saver.close()
     saved = latest_checkpoint(folder).read(MODEL_FILE)
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from saved_checkpoints import save_checkpoint
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, fingerprint
 from crate_ray.runs import Lease, RecordTail, RecordWriter, RunFolder, list_runs, open_run, read_records, read_status
-from crate_ray.training.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
+from crate_ray.training.checkpoint import latest_checkpoint, prune_checkpoints
 
 
 @pytest.fixture

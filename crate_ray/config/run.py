@@ -241,12 +241,19 @@ class EvalConfig(Frozen):
     )
 
 
+BestMetric = Literal["eval/loss", "eval/top1", "eval/knn_top1"]
+
+
 class CheckpointConfig(Frozen):
     """When a run is saved and how many savings are kept."""
 
     every_steps: int | None = Field(None, ge=1)
     every_minutes: float | None = Field(10.0, gt=0)
     keep_last: int = Field(2, ge=1)
+    keep_best: int | None = Field(
+        None, ge=1, description="so many more are kept, the best by best_metric; an evaluation that is among them is saved"
+    )
+    best_metric: BestMetric | None = Field(None, description="null: eval/loss of pretrain, eval/top1 of classify")
     stop_grace_s: float = Field(60.0, gt=0, description="seconds that a stop waits for the last checkpoint")
 
 
@@ -376,7 +383,29 @@ class RunConfig(Frozen):
                 check_pairs(self, num_workers)
         self._check_mask_ratios()
         self._check_optimizer()
+        self._check_best()
         return self
+
+    @property
+    def best_metric(self) -> BestMetric:
+        """What `checkpoint.keep_best` judges by."""
+        return self.checkpoint.best_metric or ("eval/loss" if self.task == "pretrain" else "eval/top1")
+
+    def _check_best(self) -> None:
+        if self.checkpoint.keep_best is None:
+            if self.checkpoint.best_metric is not None:
+                raise ValueError("checkpoint.best_metric has no effect without checkpoint.keep_best; set both, or neither")
+            return
+        if self.best_metric == "eval/top1" and self.task == "pretrain":
+            raise ValueError(
+                "checkpoint.best_metric = eval/top1 is measured of classifiers; task = pretrain has eval/loss and eval/knn_top1"
+            )
+        key = "probe_every_steps" if self.best_metric == "eval/knn_top1" else "every_steps"
+        if self.data.eval is None or getattr(self.eval, key) is None:
+            raise ValueError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best} judges by {self.best_metric}, which is not measured: "
+                f"set data.eval and eval.{key}, or leave checkpoint.keep_best out"
+            )
 
     def _check_optimizer(self) -> None:
         if self.eval.use_ema and self.train.ema is None:

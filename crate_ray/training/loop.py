@@ -6,14 +6,15 @@ folder; the return value only says how it ended. The loop knows neither ray nor 
 
 import dataclasses
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch.distributed as dist
+from torch import Tensor
 
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch, BatchReader, load_source, open_reader
@@ -24,10 +25,10 @@ from crate_ray.training.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     Checkpoint,
-    pin_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
+    check_same_run,
+    checkpoint_uri,
 )
+from crate_ray.training.ema import EMA_FILE, Ema
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.first_weights import load_first_weights
 from crate_ray.training.health import Health, RollBack, find_path
@@ -38,6 +39,7 @@ from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, re
 from crate_ray.training.parallel import choose_parallel
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.profiling import ProfiledSteps, StepProfiler
+from crate_ray.training.saving import CheckpointSaver
 from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, TrainStep, Votes
 from crate_ray.training.watchdog import Watchdog
@@ -135,6 +137,9 @@ def _train(
     trainer = Trainer(config, folder, context, open_batches, profiled, watchdog)
     try:
         return trainer.run()
+    except RollBack:
+        trainer.roll_back()
+        raise
     finally:
         with watchdog.patient("the end"):
             trainer.close()
@@ -169,12 +174,16 @@ class Trainer:
             load_first_weights(self.model, config)
         self.parallel.distribute(self.model)
         self.optimizer = create_optimizer(self.model, config.optimizer, lr=self.peak_lr)
+        self.ema = Ema(self.model, config.train.ema) if config.train.ema else None
         if restored is not None:
+            check_same_run(restored, config)
             self._restore(restored)
         self.step = restored.step if restored else 0
         self.train_seconds = restored.train_seconds if restored else 0.0
         self.reader = self._open_reader(restored.cursor if restored else 0)
-        self.train_step = TrainStep(self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel)
+        self.train_step = TrainStep(
+            self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel, ema=self.ema
+        )
         self.memory = MemoryGuard(config, folder, context, precision=self.precision)
         health = restored.state.get("health", {}) if restored else {}
         self.health = Health(config, folder, context, total=self.total, interventions=interventions, state=health)
@@ -202,12 +211,16 @@ class Trainer:
         self.is_saving = False
         self._pending: deque[tuple[PendingOutcome, Batch]] = deque()
         self._eval_values: dict[str, float] = {}
+        self.saver = CheckpointSaver(
+            config, folder, ranks=self.parallel, device=self.device, sink=self.sink, attempt=context.attempt
+        )
         self._saved_step = self.step if restored else -1
-        self._saved_at = time.monotonic()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(self.parallel.read(checkpoint, MODEL_FILE, self.model))
         restore_optimizer(self.model, self.optimizer, self.parallel.read(checkpoint, OPTIMIZER_FILE, self.model))
+        if self.ema is not None:
+            self.ema.load_state_dict(self.parallel.read(checkpoint, EMA_FILE, self.model))
         log.info("resuming %s from step %d", self.folder.name, checkpoint.step)
 
     def _agreed_path(self) -> tuple[Checkpoint | None, tuple[Intervention, ...]]:
@@ -249,11 +262,12 @@ class Trainer:
             self._record(self._measure_whitebox())  # the initialisation: later values mean little without it
         if self.step == self.total:  # stopped between the last checkpoint and the final numbers
             self._evaluate()
+        evaluated: dict[str, float] = {}
         while self.step < self.total and not self.is_stopping:
             with self.monitor.reading(self.step + 1):
                 batch = self._next_batch()
             lr = self._learning_rate()
-            votes = Votes(self.context.stop_requested(), self._is_save_time(), self.reader.replaced_samples)
+            votes = self._votes()
             with self.memory.watching(self.step + 1):
                 pending = self.train_step(batch, lr=lr, votes=votes)
             self.step += 1
@@ -265,9 +279,9 @@ class Trainer:
                 self.monitor.log(self.step, lr=lr, others=self._epochs() | self.health.metrics())
             with self.watchdog.patient("evaluation"):
                 evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
-            if self.is_saving or self.step == self.cooldown or self._is_due(self.config.checkpoint.every_steps, at_end=False):
+            if self.is_saving or self.step == self.cooldown or self.saver.is_due(self.step, evaluated):
                 with self.watchdog.patient("a checkpoint"):
-                    self._save()
+                    self._save(evaluated)
             if evaluated:
                 with self.watchdog.patient("a report"):
                     self.context.evaluated(self.step, evaluated)
@@ -275,16 +289,25 @@ class Trainer:
                 if self.context.world_size == 1:  # nobody has to agree, and the stop costs no further step
                     self.is_stopping = self.is_stopping or self.context.stop_requested()
         with self.watchdog.patient("the last checkpoint"):
-            self._save()
+            self._save(evaluated)
+            self.saver.wait(is_last=True)
+            self._report_saved()
         if self.step < self.total:
             return LoopResult("KILLED", self.step)
         self._write_final()
         return LoopResult("FINISHED", self.step)
 
+    def roll_back(self) -> None:
+        """Writes down where the run goes back to; the checkpoint under way may be the one."""
+        self.saver.wait()
+        self._report_saved()
+        self.health.intervene()
+
     def close(self) -> None:
         """Stops the loader threads and flushes the records."""
         self.reader.close()
         self.monitor.close()
+        self.saver.close()
         self.sink.close()
 
     def _next_batch(self) -> Batch:
@@ -310,10 +333,10 @@ class Trainer:
             return True
         return every_steps is not None and self.step % every_steps == 0
 
-    def _is_save_time(self) -> bool:
-        """Rank 0's clock decides; the others follow its vote."""
-        minutes = self.config.checkpoint.every_minutes
-        return self.context.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+    def _votes(self) -> Votes:
+        """Rank 0's clock decides when to save; the others follow its vote."""
+        is_overdue = self.context.rank == 0 and self.saver.is_overdue()
+        return Votes(self.context.stop_requested(), is_overdue, self.reader.replaced_samples, self.saver.written)
 
     def _settle(self, pending: PendingOutcome, batch: Batch) -> None:
         """Reads outcomes one step late on a GPU, so that it is never waited for; at once where a number is due.
@@ -333,24 +356,30 @@ class Trainer:
             )
             self.is_stopping = self.is_stopping or outcome.stop
             self.is_saving = self.is_saving or outcome.save
+            self.saver.settle(outcome.written)
+        self._report_saved()
 
     def _evaluate(self) -> dict[str, float]:
         """What the task measures on validation, and kNN, where they are due; both at the end. Returns these, with the rate."""
-        if self.evaluator is None:
+        cadence = self.config.eval
+        if self.evaluator is None or not any(
+            map(self._is_due, (cadence.every_steps, cadence.probe_every_steps, cadence.whitebox_every_steps))
+        ):
             return {}
         values: dict[str, float] = {}
-        if self._is_due(self.config.eval.every_steps):
-            self._eval_values = self.evaluator.metrics(self.model)
-            values.update(self._eval_values)
-            self._read_outcomes(lag=0)
-            self.health.see_evaluation(values)
-        if self.step == self.total:
-            self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
-        if self._is_due(self.config.eval.probe_every_steps):
-            top1 = self.evaluator.knn(self.model)
-            if top1 is not None:
-                values["eval/knn_top1"] = top1
-        self._record(values | self._measure_whitebox())
+        with self.ema.swapped() if self.ema and cadence.use_ema else nullcontext():
+            if self._is_due(cadence.every_steps):
+                self._eval_values = self.evaluator.metrics(self.model)
+                values.update(self._eval_values)
+                self._read_outcomes(lag=0)
+                self.health.see_evaluation(values)
+            if self.step == self.total:
+                self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
+            if self._is_due(cadence.probe_every_steps):
+                top1 = self.evaluator.knn(self.model)
+                if top1 is not None:
+                    values["eval/knn_top1"] = top1
+            self._record(values | self._measure_whitebox())
         if values and self.monitor.images_per_s is not None:
             values["perf/images_per_s"] = self.monitor.images_per_s
         return values
@@ -374,34 +403,36 @@ class Trainer:
             self.sink.write(self.step, values)
             self.monitor.resume("eval")
 
-    def _save(self) -> None:
+    def _save(self, evaluated: Mapping[str, float]) -> None:
         if self.step == self._saved_step:
             return
         self._read_outcomes(lag=0)
         if self.health.is_skipping and not (self.is_stopping or self.step == self.cooldown):
             self.is_saving = True  # once a step is finite again: weights are saved when they are known to give numbers
             return
-        folder, context = self.folder, self.context
-        uri = folder.path("checkpoints", f"step_{self.step:08d}")
-        if context.rank == 0:
-            self.sink.flush()
-            if self.step == self.cooldown:  # a longer run can go on from here; before it is saved, so that no crash unpins it
-                pin_checkpoint(folder, self.step, by="cooldown")
-            save_checkpoint(
-                folder,
-                step=self.step,
-                cursor=self.reader.state_dict()["cursor"],
-                train_seconds=self.train_seconds,
-                model=self.model.state_dict(),
-                optimizer=optimizer_tensors(self.model, self.optimizer),
-                config=self.config.model,
-                state={"health": self.health.state()},
-            )
-            prune_checkpoints(folder, keep_last=self.config.checkpoint.keep_last)
-        self._saved_step, self._saved_at, self.is_saving = self.step, time.monotonic(), False
-        context.checkpoint_written(self.step, uri)
-        self.monitor.checkpoint_saved(self.step)
+        state = {
+            "cursor": self.reader.state_dict()["cursor"],
+            "train_seconds": self.train_seconds,
+            "evaluation": {key: value for key, value in evaluated.items() if key.startswith("eval/")},
+            "health": self.health.state(),
+        }
+        # A longer run can go on from where the cooldown begins.
+        self.saver.save(self.step, self._files(), state, pin="cooldown" if self.step == self.cooldown else None)
+        self._saved_step, self.is_saving = self.step, False
+        self._report_saved()
         self.monitor.resume("checkpoint")
+
+    def _files(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """What this rank has of the state."""
+        states = {MODEL_FILE: self.model.state_dict(), OPTIMIZER_FILE: optimizer_tensors(self.model, self.optimizer)}
+        if self.ema is not None:
+            states[EMA_FILE] = self.ema.state_dict()
+        return {file: held for name, state in states.items() for file, held in self.parallel.files(name, state).items()}
+
+    def _report_saved(self) -> None:
+        for step in self.saver.finished():
+            self.context.checkpoint_written(step, checkpoint_uri(self.folder, step))
+            self.monitor.checkpoint_saved(step)
 
     def _write_final(self) -> None:
         """The numbers that comparisons use, rounded to four digits, once."""

@@ -51,7 +51,7 @@ class HostCopy:
         for key, tensor in wanted.items():
             self._rooms[key].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in wanted.values()):
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
         return {file: {name: self._rooms[file, name] for name in tensors} for file, tensors in files.items()}
 
@@ -78,7 +78,7 @@ def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> S
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     pieces, end = [], 0
     for name, tensor in ordered:
-        piece = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        piece = tensor.reshape(-1).view(torch.uint8).numpy().data
         begin, end = end, end + len(piece)
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         pieces.append(piece)

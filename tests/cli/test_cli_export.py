@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_checkpoints import save_checkpoint
 
 from crate_ray.models import create_model, load_weights
-from crate_ray.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture

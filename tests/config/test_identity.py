@@ -61,6 +61,7 @@ def identity(*overrides: str) -> str:
         "scale.activation_checkpointing=true",
         "checkpoint.every_steps=3",
         "checkpoint.keep_last=9",
+        "checkpoint.keep_best=2",
         "data.num_loaders=0",
         "data.preprocess=ray_data",
         "data.train=/elsewhere/train",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_checkpoints import save_checkpoint
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
@@ -14,7 +15,6 @@ from crate_ray.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
-    save_checkpoint,
 )
 
 

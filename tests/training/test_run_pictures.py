@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from finished_runs import train
+from saved_checkpoints import save_checkpoint
 from torchvision.io import encode_png
 
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.data import build_index, load_index, read_masks
 from crate_ray.runs import read_records
-from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint, save_checkpoint
+from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 from crate_ray.training.pictures import Pictures, draw_pictures
 from crate_ray.training.prepare import prepare_run
 from crate_ray.training.probe import without_labels

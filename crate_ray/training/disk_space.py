@@ -1,0 +1,89 @@
+"""Whether checkpoints fit where they are to be written: before a run starts, before each of them, and after a fault.
+
+In: a configuration and its folder. Out: an error that says what is needed, what is free, and which keys help. The size of a
+checkpoint is known before there is one, from the number of parameters; only a local disk says how much room it has.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from crate_ray import storage
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.models.cost import count_parameters
+from crate_ray.runs import RunFolder
+from crate_ray.storage import bytes_in_words
+from crate_ray.training.checkpoint import list_checkpoints
+
+log = logging.getLogger(__name__)
+
+_FLOAT32 = 4
+_MOMENTS = {"adamw": 2, "lion": 1, "muon": 2}  # values for each parameter; Muon has one for its matrices, so this is a bound
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """About what one checkpoint of a run takes: weights, moments, and the average of the weights where one is kept."""
+    parameters = count_parameters(config.model)
+    copies = 1 if config.train.ema is None else 2
+    moments = _MOMENTS[config.optimizer.name or "adamw"]
+    return _FLOAT32 * (copies * parameters.total + moments * parameters.trainable)
+
+
+def check_disk_space(config: RunConfig, folder: RunFolder) -> None:
+    """Refuses a local disk that cannot hold two checkpoints; warns where it cannot hold all that are to be kept, and one more.
+
+    Args:
+        config: The run's.
+        folder: Where it has or will have its checkpoints; those that are there count as room, as new ones take their place.
+
+    Raises:
+        ConfigError: With the figures.
+    """
+    free = storage.free_bytes(folder.uri)
+    if free is None:
+        return
+    size = checkpoint_bytes(config)
+    held = sum(int(entry["bytes"]) for checkpoint in list_checkpoints(folder) for entry in checkpoint.files.values())
+    kept = config.checkpoint.keep_last + (config.checkpoint.keep_best or 0)
+    fits = (free + held) // size
+    figures = f"a checkpoint takes about {bytes_in_words(size)} and {bytes_in_words(free + held)} are there for them"
+    if fits < 2:
+        raise ConfigError(
+            f"storage.path = '{config.storage.path}' is too full for this run: {figures}, but the one before is kept until "
+            f"the next is whole; free {bytes_in_words(2 * size - free - held)} more, or set storage.path to a larger disk"
+        )
+    if fits < kept + 1:
+        log.warning(
+            "storage.path = '%s': %s, but %d are to be kept and one more while it is written; "
+            "free %s more, or lower checkpoint.keep_last or checkpoint.keep_best",
+            *(config.storage.path, figures, kept, bytes_in_words((kept + 1) * size - free - held)),
+        )
+
+
+@contextmanager
+def explained(config: RunConfig, folder: RunFolder, *, needed: int) -> Iterator[None]:
+    """Writes of a checkpoint, which do not begin where there is no room for them; a fault says what to free.
+
+    Args:
+        config: The run's.
+        folder: The run's.
+        needed: Bytes that are to be written.
+
+    Raises:
+        OSError: One message: the fault, bytes needed and free, and the keys that help.
+    """
+    free = storage.free_bytes(folder.uri)
+    try:
+        if free is not None and free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        room = "" if free is None else f" and {bytes_in_words(free)} were free"
+        keep = config.checkpoint
+        best = "" if keep.keep_best is None else f" or checkpoint.keep_best ({keep.keep_best})"
+        raise OSError(
+            f"{error}; {bytes_in_words(needed)} were to be written to {folder.uri}{room}. Delete what is not needed there, "
+            f"lower checkpoint.keep_last ({keep.keep_last}){best}, or move the runs to another storage.path"
+        ) from error
