@@ -84,6 +84,11 @@ def headline(rows: Sequence[ComparisonRow], differences: Sequence[RecipeDifferen
         sentences.append(f"Not shown to beat its own untrained control: {', '.join(failed)}.")
     else:
         sentences.append("Every model beats its own untrained control.")
+    helped = [row.name for row in rows if row.rollbacks or row.skipped_steps]
+    if helped:
+        sentences.append(
+            f"Helped past losses that were no numbers, so not the run of its configuration alone: {', '.join(helped)}."
+        )
     unclear = [f"{a} and {b}" for a, b in _not_distinguishable(rows, differences)]
     if unclear:
         sentences.append(f"Not distinguishable: {'; '.join(unclear)}.")
@@ -148,6 +153,12 @@ def _cautions(rows: Sequence[ComparisonRow], meta: ReportMeta) -> list[str]:
         f"The runs differ in `{key}`: " + ", ".join(f"{name} = {value}" for name, value in values.items()) + "."
         for key, values in incomparable(meta.fingerprints)
     ] or (["The runs agree in data, evaluation protocol, schedule and precision."] if meta.fingerprints else [])
+    lines += [
+        f"{row.name}: {row.skipped_steps} steps without a finite loss or gradient were skipped, and it was rolled back "
+        f"{row.rollbacks} times, to pass over batches at a lower learning rate (`interventions.json` of the run)."
+        for row in rows
+        if row.rollbacks or row.skipped_steps
+    ]
     if not losses_comparable(rows):
         lines.append(
             "Eval losses are not comparable here: mask ratio, patch size or pixel normalisation differ, "

@@ -56,6 +56,8 @@ def read_row(
         patch_size=config.model.patch_size,
         norm_pix_loss=config.model.norm_pix_loss,
         seeds=(config.train.seed,),
+        rollbacks=int(values.get("final/rollbacks", 0)),
+        skipped_steps=int(values.get("final/skipped_steps", 0)),
     )
 
 

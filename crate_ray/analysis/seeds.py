@@ -78,6 +78,7 @@ def aggregate_seeds(rows_by_seed: Mapping[int, Sequence[ComparisonRow]]) -> Seed
 
 def _average(runs: Sequence[ComparisonRow], seeds: tuple[int, ...]) -> ComparisonRow:
     averaged: dict[str, Any] = {name: fmean(getattr(row, name) for row in runs) for name in _AVERAGED}
+    averaged |= {name: sum(getattr(row, name) for row in runs) for name in ("rollbacks", "skipped_steps")}
     top1 = _estimate([row.probe_top1.value for row in runs])
     gain = _estimate([row.gain.value for row in runs])
     return dataclasses.replace(runs[0], **averaged, probe_top1=top1, gain=gain, seeds=seeds)

@@ -27,6 +27,7 @@ def cautions(findings: SweepFindings, *, planned: int | None) -> list[str]:
         *_unequal_tuning(findings),
         *_seeds(findings),
         *_unequal_runs(findings),
+        *_helped(findings),
         *_questions(findings),
         *_speed(findings),
         "Everything here was chosen and judged on validation. `crate-ray compare` judges retrained runs on test.",
@@ -106,6 +107,15 @@ def _unequal_runs(findings: SweepFindings) -> Iterator[str]:
         ]
         if ratios:
             yield f"{_names(item)}: {item.first.arm} has {' and '.join(ratios)} of {item.second.arm}."
+
+
+def _helped(findings: SweepFindings) -> Iterator[str]:
+    helped = [row.id for row in findings.rows if row.objectives.get("rollbacks") or row.objectives.get("skipped_steps")]
+    if helped:
+        yield (
+            f"Steps without a finite loss were skipped, or the run rolled back, in {', '.join(helped)}: these are not "
+            "the runs of their configuration alone."
+        )
 
 
 def _ratio(item: ArmDifference, quantity: str) -> float | None:

@@ -28,7 +28,8 @@ class Estimate(NamedTuple):
 class ComparisonRow:
     """One model of a comparison. Accuracies are shares in [0, 1]; GFLOPs are 1e9 operations, 2 a multiply-add.
 
-    `gain` is probe top-1 minus that of the same architecture untrained, on the same images.
+    `gain` is probe top-1 minus that of the same architecture untrained, on the same images. `rollbacks` and `skipped_steps`
+    count what was done about losses and gradients that were not finite; over several seeds they are sums.
     """
 
     name: str
@@ -55,6 +56,8 @@ class ComparisonRow:
     patch_size: int
     norm_pix_loss: bool
     seeds: tuple[int, ...]
+    rollbacks: int = 0
+    skipped_steps: int = 0
 
     @property
     def beats_control(self) -> bool:

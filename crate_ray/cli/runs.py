@@ -16,7 +16,16 @@ from crate_ray import storage
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, print_json, print_table
 from crate_ray.config import ConfigError
-from crate_ray.runs import RunFolder, Status, list_runs, read_records, read_status, sweep_of
+from crate_ray.runs import (
+    RunFolder,
+    Status,
+    intervention_text,
+    list_runs,
+    read_interventions,
+    read_records,
+    read_status,
+    sweep_of,
+)
 
 Root = Annotated[str, typer.Argument(help="Folder or URL that holds run folders (storage.path).")]
 
@@ -52,8 +61,9 @@ def _print(rows: list[dict[str, Any]], *, of: RunFolder | None = None) -> None:
         console.print(f"\n{title}", soft_wrap=True, highlight=False)
     print_table(("run", "state", "step", "train", "eval", "kNN", "probe", "time"), [_cells(row) for row in rows])
     for row in rows:
-        if row["reason"]:
-            console.print(f"{escape(row['name'])}: {escape(row['reason'])}", soft_wrap=True)
+        for text in (row["reason"], row["interventions"]):
+            if text:
+                console.print(f"{escape(row['name'])}: {escape(text)}", soft_wrap=True)
 
 
 def find_runs(root: str) -> list[RunFolder]:
@@ -81,6 +91,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         "step": records[-1].step if records else None,
         "total_steps": None,
         "reason": _reason(status),
+        "interventions": intervention_text(interventions) if (interventions := read_interventions(folder)) else None,
         "attempt": status.attempt if status else None,
         "heartbeat_age_s": round(time.time() - status.heartbeat, 1) if status else None,
         "duration_s": round((status.ended or status.heartbeat) - status.started, 1) if status else None,

@@ -43,7 +43,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class RollBack(Exception):  # noqa: N818  no error: how the loop ends when the run is to go on from an earlier checkpoint
-    """An intervention has been written down; the run goes on as it does after a restart."""
+    """Too many steps in a row were skipped: after `Health.intervene` the run goes on as it does after a restart."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Health:
         """Numbers of the run so far."""
         return {"train/skipped_steps": self._skipped, "train/spikes": self._spikes.count}
 
+    def final_values(self) -> dict[str, float]:
+        """What comparisons must know: empty for a run that had no need of help."""
+        values = {"final/skipped_steps": float(self._skipped), "final/rollbacks": float(len(self.interventions))}
+        return values if any(values.values()) else {}
+
     @property
     def is_skipping(self) -> bool:
         """Whether the last step was skipped: weights of which nobody knows yet whether they give numbers."""
@@ -184,8 +189,6 @@ class Health:
                 f"skipped, after {rollbacks} rollback(s) of at most {self._max_rollbacks} (health.max_rollbacks); the last "
                 "checkpoint is from before it. Lower optimizer.lr or set train.clip_norm"
             )
-        if self._context.rank == 0:
-            self._intervene(streak)
         raise RollBack
 
     def _first_finding(self, locate: Callable[[], str | None]) -> str:
@@ -198,14 +201,17 @@ class Health:
                 return finding + (f" (rank {rank})" if self._context.world_size > 1 else "")
         return "all was finite when the batch was run again"
 
-    def _intervene(self, streak: Streak) -> None:
-        """Writes down where the run goes back to and what it does differently from there on.
+    def intervene(self) -> None:
+        """After a RollBack: rank 0 writes down where the run goes back to and what it does differently from there on.
 
         It goes back to the newest checkpoint from before the row of skipped steps. Where the last rollback went there too, and
         not one finite step came of it, the weights there are no good: it goes back to the one before that. Without any,
         the run begins again with its first weights.
         """
-        steps = [checkpoint.step for checkpoint in list_checkpoints(self._folder)]
+        if self._context.rank != 0:
+            return
+        assert self._streak is not None
+        streak, steps = self._streak, [checkpoint.step for checkpoint in list_checkpoints(self._folder)]
         last = self.interventions[-1].from_step if self.interventions else None
         limit = last if last == streak.first_step - 1 else streak.first_step
         intervention = Intervention(

@@ -367,11 +367,11 @@ class Trainer:
         ):
             return {}
         values: dict[str, float] = {}
+        self._read_outcomes(lag=0)
         with self.ema.swapped() if self.ema and cadence.use_ema else nullcontext():
             if self._is_due(cadence.every_steps):
                 self._eval_values = self.evaluator.metrics(self.model)
                 values.update(self._eval_values)
-                self._read_outcomes(lag=0)
                 self.health.see_evaluation(values)
             if self.step == self.total:
                 self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
@@ -448,6 +448,7 @@ class Trainer:
             "final/train_pflops": flops * images / 1e15,
             "final/train_hours": self.train_seconds / 3600,
         }
+        values |= self.health.final_values()
         record_precision(self.folder, self.precision)
         values |= {key.replace("eval/", "final/eval_"): value for key, value in self._eval_values.items()}
         if self.monitor.images_per_s is not None:

@@ -51,6 +51,15 @@ def test_the_report_flags_what_must_not_be_compared(make_row):
     assert "Eval losses are not comparable" not in agreeing
 
 
+def test_a_run_that_was_rolled_back_is_flagged_in_the_headline_and_in_the_report(make_row):
+    rows = [make_row("helped", rollbacks=2, skipped_steps=7), make_row("alone")]
+    assert "Helped past losses that were no numbers, so not the run of its configuration alone: helped." in headline(rows)
+    text = report_text(rows, ReportMeta())
+    assert "helped: 7 steps without a finite loss or gradient were skipped, and it was rolled back 2 times" in text
+    assert "- alone: " not in text
+    assert "Helped" not in headline([make_row("alone")])
+
+
 def test_the_table_has_one_cell_a_column_and_a_dash_for_what_was_not_measured(make_row):
     header, line = format_table([make_row()])
     assert len(header) == len(line)

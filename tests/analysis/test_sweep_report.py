@@ -137,6 +137,13 @@ def test_a_sweep_without_confirmation_and_with_one_rate_claims_nothing(make_swee
     assert "on one seed, which flatters them" in text
 
 
+def test_trials_that_were_helped_past_losses_that_were_no_numbers_are_named(make_sweep, make_trial):
+    rows = screened(make_trial)
+    assert "rolled back" not in text_of(rows, make_sweep())
+    helped = make_trial("crate", 0.7, objectives={"knn_top1": 0.7, "rollbacks": 1, "skipped_steps": 5})
+    assert f"or the run rolled back, in {helped.id}: these are not" in text_of([*rows, helped], make_sweep())
+
+
 def test_unequal_tuning_size_and_an_unfinished_sweep_are_said(make_sweep, make_trial):
     mae = [make_trial("mae", 0.6 + 0.01 * s, depth=4, seed=1000 + s, stage="confirm") for s in range(5)]
     crate = [make_trial("crate", 0.5 + 0.01 * s, depth=2, seed=1000 + s, stage="confirm") for s in range(5)]

@@ -1,5 +1,7 @@
 import json
 
+from crate_ray.runs import Intervention, write_interventions
+
 
 def test_runs_shows_state_step_and_last_numbers(invoke, make_run, tmp_path):
     make_run("done", train__loss=0.31, eval__loss=0.4, eval__knn_top1=0.625, final__probe_top1=0.9)
@@ -28,6 +30,27 @@ def test_a_configuration_of_another_release_does_not_hide_the_other_runs(invoke,
     rows = {row["name"]: row for row in json.loads(invoke("runs", tmp_path / "out", "--json").out)}
     assert set(rows) == {odd.name, "plain"}
     assert "no_such_key" in rows["odd"]["reason"]
+
+
+def test_a_run_that_was_rolled_back_is_flagged(invoke, make_run, tmp_path):
+    rolled_back = Intervention(
+        from_step=40,
+        first_step=46,
+        last_step=50,
+        skipped_steps=5,
+        pass_over=(720, 800),
+        lr_factor=0.5,
+        lr_steps=100,
+        finding="weights of `head` hold NaN or infinity",
+        time=0.0,
+        attempt=1,
+    )
+    write_interventions(make_run("helped"), [rolled_back])
+    make_run("alone")
+    assert "helped: 1 rollback (from step 50 to 40)" in invoke("runs", tmp_path / "out").out
+    rows = {row["name"]: row for row in json.loads(invoke("runs", tmp_path / "out", "--json").out)}
+    assert rows["helped"]["interventions"] == "1 rollback (from step 50 to 40)"
+    assert rows["alone"]["interventions"] is None
 
 
 def test_an_empty_root_says_so(invoke, tmp_path):

@@ -71,13 +71,15 @@ class TrialSpec:
         return self.sweep.scheduler if self.point["stage"] == "screen" else SchedulerConfig()
 
     def config(self, changes: Mapping[str, Any]) -> RunConfig:
-        """The run of a generation, with the checkpoints that its scheduler needs."""
+        """The run of a generation, with the checkpoints that its scheduler needs; one that diverges is not helped up."""
         values = self.run.model_dump(mode="json")
         for key, value in changes.items():
             apply_override(values, f"{key}={dumps(value)}")
         every = self.sweep.report_every_steps
         if self.scheduler.type in _CLONING:
             values["checkpoint"]["every_steps"] = every
+        if values["health"]["max_rollbacks"] is None:
+            values["health"]["max_rollbacks"] = 0  # it would spend its budget on rollbacks, and no longer be the point it is
         return RunConfig.parse(values)
 
 
