@@ -9,6 +9,7 @@ from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, digest, fingerprint, resume_parts, whole_weights
 from crate_ray.data import load_index
 from crate_ray.runs import RunFolder, find_run, open_run
+from crate_ray.training.disk_space import check_disk_space
 from crate_ray.training.first_weights import check_first_weights, pin_weights
 from crate_ray.training.precision import resolve_precision
 
@@ -128,14 +129,16 @@ def prepare_run(
         The configuration with absolute paths and the digest of its first weights, and the folder.
 
     Raises:
-        ConfigError: No such data or labels that do not fit, storage that cannot be written, a name that another
-            configuration has, or first weights that do not fit the model.
+        ConfigError: No such data or labels that do not fit, storage that cannot be written or is too small, a name that
+            another configuration has, or first weights that do not fit the model.
     """
     config = pin_weights(absolute_paths(config))
     check_labels(config)
     storage.check_writable(config.storage.path)
     precision = resolve_precision(config.train.precision, device_type)
     identity = fingerprint(config, data_digest(config), precision)
-    check_first_weights(config, find_run(config, identity["resume"]["parts"], uri=uri))
+    found = find_run(config, identity["resume"]["parts"], uri=uri)
+    check_first_weights(config, found)
+    check_disk_space(config, found)
     folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, stage=stage, uri=uri)
     return config, folder
