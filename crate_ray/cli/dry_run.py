@@ -168,7 +168,8 @@ def _checkpoint_bytes(config: RunConfig) -> int:
 
 def _checkpoints(config: RunConfig) -> dict[str, Any]:
     """Size of one, how many are kept, and the bytes of all while the next is written."""
-    size, kept = _checkpoint_bytes(config), config.checkpoint.keep_last
+    size = _checkpoint_bytes(config)
+    kept = config.checkpoint.keep_last + (config.checkpoint.keep_best or 0)
     pinned = 1 if config.schedule.cooldown_fraction is not None else 0
     return {
         "checkpoint_bytes": size,

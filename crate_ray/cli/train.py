@@ -1,11 +1,11 @@
 """`crate-ray train`: one run through Ray Train; the same command again resumes it."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crate_ray.cli.arguments import Json, Set
-from crate_ray.cli.output import console, print_json, print_table
+from crate_ray.cli.output import print_json
 from crate_ray.config import RunConfig, recipe_names
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def train(
 
         plan.dry_run(config, mfu=mfu, as_json=as_json)
         return
+    from crate_ray.cli.run_summary import print_summary, summarise
     from crate_ray.cli.study import Study
 
     with Study(config) as study:
@@ -44,7 +45,7 @@ def train(
     if as_json:
         print_json(summary)
     else:
-        _print(summary)
+        print_summary(summary)
     raise typer.Exit(exit_code(outcome))
 
 
@@ -72,34 +73,3 @@ def exit_code(outcome: "RunOutcome") -> int:
     if outcome.state == "FINISHED":
         return 0
     return 1 if outcome.signal is None or outcome.state == "FAILED" else 128 + outcome.signal
-
-
-def summarise(outcome: "RunOutcome", links: dict[str, Any]) -> dict[str, Any]:
-    """What a program wants to know of a run that ended."""
-    final = outcome.folder.read_json("final.json") or {"values": {}}
-    return {
-        "run": outcome.folder.name,
-        "folder": outcome.folder.uri,
-        "state": outcome.state,
-        "reason": outcome.reason,
-        "was_finished": outcome.was_finished,
-        "final": {key.removeprefix("final/"): value for key, value in final["values"].items()},
-        "link": links["runs"].get(outcome.folder.name),
-    }
-
-
-def _print(summary: dict[str, Any]) -> None:
-    state = f"{summary['state']} ({summary['reason']})" if summary["reason"] else summary["state"]
-    if summary["state"] == "KILLED":
-        state += "; the same command goes on from there"
-    if summary["was_finished"]:
-        state += " before; nothing was run. Its result:"
-    console.print(f"{summary['run']}: {state}", soft_wrap=True)
-    if summary["final"]:
-        print_table(("final", "value"), [(key, f"{value:g}") for key, value in sorted(summary["final"].items())])
-    console.print(f"folder  {summary['folder']}", soft_wrap=True)
-    root = summary["folder"].removesuffix(f"/{summary['run']}")
-    if summary["state"] == "FINISHED":
-        console.print(f"next    crate-ray probe {summary['folder']}", soft_wrap=True)
-    if summary["link"]:
-        console.print(f"MLflow  crate-ray tracking ui {root}\n        then {summary['link']}", soft_wrap=True)

@@ -58,7 +58,7 @@ class RunFolder:
         """A JSON file of the folder, or None when it is not there."""
         try:
             value = json.loads(storage.read_text(self.path(name)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return dict(value)
 
