@@ -51,7 +51,10 @@ class Parallel:
         rank: Of this worker, from 0.
         world_size: Workers.
         num_shards: Workers that hold one copy of the state between them.
+        rehearsals: Passes that run differently from all later ones, and should not count.
     """
+
+    rehearsals = 0
 
     def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
@@ -104,7 +107,14 @@ class Parallel:
 
 
 class Replicated(Parallel):
-    """DistributedDataParallel: the graph is static and every parameter takes part."""
+    """DistributedDataParallel: the graph is static and every parameter takes part.
+
+    It learns the graph in a first backward pass, which must communicate even where micro-batches accumulate, and the order in
+    which gradients come in a second; then it puts them into other buckets. A sum over three or more ranks has another order
+    in these: if the two passes counted, the first steps of a resumed run would not repeat the bits of the undisturbed one.
+    """
+
+    rehearsals = 2
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         super().__init__(rank=rank, world_size=world_size)

@@ -104,7 +104,7 @@ class TrainStep:
         if config.train.compile and can_compile(self.device):
             self._objective.compile()
         self._module = self._parallel.wrap(self._objective)
-        self._is_rehearsed = not self._parallel.learns_graph
+        self._rehearsals = self._parallel.rehearsals
 
     def __call__(self, batch: Batch, *, lr: float, votes: Votes = _NO_VOTES) -> "PendingOutcome":
         """Runs one update.
@@ -117,7 +117,7 @@ class TrainStep:
         Returns:
             The step's numbers, read later so that a GPU need not be waited for.
         """
-        if not self._is_rehearsed:
+        while self._rehearsals > 0:
             self._rehearse(batch)
         loss = self._backward(batch)
         grad_norm = self._clip()
@@ -160,7 +160,7 @@ class TrainStep:
         size = min(self._micro_batch or len(idle.weights_B), len(idle.weights_B))
         self._put_through(idle, self._objective.targets(idle), slice(0, size), is_last=True)
         self._optimizer.zero_grad(set_to_none=True)
-        self._is_rehearsed = True
+        self._rehearsals -= 1
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Accumulates the gradient over this worker's rows; returns its sum of losses times W / B."""
@@ -180,7 +180,7 @@ class TrainStep:
         with self._parallel.accumulating(is_last=is_last):
             with autocast(self._precision, self.device):
                 loss: torch.Tensor = self._module(images, targets, weights) * self._scale
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
