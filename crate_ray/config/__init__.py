@@ -22,8 +22,10 @@ from crate_ray.config.run import (
 from crate_ray.config.sweep import (
     LARGER_IS_BETTER,
     LIVE_OBJECTIVES,
+    LOSS_TARGET,
     Arm,
     SchedulerConfig,
+    Stage,
     SweepConfig,
     is_exploratory,
     order_key,
@@ -32,6 +34,7 @@ from crate_ray.config.sweep import (
 __all__ = [
     "LARGER_IS_BETTER",
     "LIVE_OBJECTIVES",
+    "LOSS_TARGET",
     "MAX_PERIOD",
     "PRESETS",
     "SCHEMA_VERSION",
@@ -49,6 +52,7 @@ __all__ = [
     "ScaleConfig",
     "ScheduleConfig",
     "SchedulerConfig",
+    "Stage",
     "StorageConfig",
     "SweepConfig",
     "TrackingConfig",

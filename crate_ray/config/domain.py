@@ -104,6 +104,14 @@ def _leaves(section: type[Frozen], prefix: str) -> Iterable[str]:
             yield prefix + name
 
 
+def value_at(config: RunConfig, key: str) -> Any:
+    """What a run has at a dotted key; None below what is no section of it."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
 def is_whole(key: str) -> bool:
     """Whether a key of a run takes whole numbers only."""
     section: type[Frozen] = RunConfig

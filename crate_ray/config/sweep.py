@@ -15,6 +15,7 @@ from crate_ray.config.domain import SAME_FLOPS_KEY, Domain, check_run_keys, depe
 from crate_ray.config.run import NAME_PATTERN
 
 ObjectiveName = Literal["eval_loss", "knn_top1", "probe_top1", "params_m", "encoder_params_m", "gflops", "images_per_s"]
+Stage = Literal["screen", "confirm"]
 Quantity = Literal["params_m", "encoder_params_m", "gflops", "encode_gflops", "train_pflops"]
 LARGER_IS_BETTER: dict[str, bool] = {
     "eval_loss": False,
@@ -27,6 +28,8 @@ LARGER_IS_BETTER: dict[str, bool] = {
 }
 ARM_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 OBJECTIVES = list(LARGER_IS_BETTER)
+LOSS_TARGET = ("mask_ratio", "patch_size", "image_size", "norm_pix_loss")
+"""Keys of the model: validation losses of runs that differ here answer different questions."""
 LIVE_OBJECTIVES = ("eval_loss", "knn_top1", "images_per_s")
 """What a trial reports while it trains; the others are known before it or only at its end."""
 

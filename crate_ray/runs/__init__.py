@@ -28,7 +28,6 @@ from crate_ray.runs.status import (
 from crate_ray.runs.trials import (
     TRIAL_STATES,
     TrialRow,
-    TrialStage,
     TrialState,
     list_trials,
     loss_target,
@@ -55,7 +54,6 @@ __all__ = [
     "State",
     "Status",
     "TrialRow",
-    "TrialStage",
     "TrialState",
     "WorkerContext",
     "decode_number",

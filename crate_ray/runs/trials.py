@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from crate_ray import storage
-from crate_ray.config import RunConfig, SweepConfig, read_yaml
+from crate_ray.config import LOSS_TARGET, RunConfig, Stage, SweepConfig, read_yaml
 from crate_ray.runs.folder import RunFolder
 from crate_ray.runs.records import decode_number, encode_number
 
 TrialState = Literal["RUNNING", "FINISHED", "STOPPED", "INFEASIBLE", "FAILED", "KILLED"]
-TrialStage = Literal["screen", "confirm"]
 TRIAL_STATES: tuple[TrialState, ...] = get_args(TrialState)
 _READERS = 16
-_TRAINED = ("eval_", "train_", "params_m", "encoder_params_m", "gflops", "images_per_s")
+_TRAINED = ("eval_", "train_", "rollbacks", "skipped_steps", "params_m", "encoder_params_m", "gflops", "images_per_s")
 _NAMES = {"eval/": "eval_", "eval/knn_": "knn_", "perf/images_per_s": "images_per_s", "final/": ""}
 
 
@@ -46,7 +45,7 @@ class TrialRow:
 
     id: str
     arm: str
-    stage: TrialStage = "screen"
+    stage: Stage = "screen"
     seed: int
     state: TrialState
     reason: str | None = None
@@ -144,5 +143,4 @@ def _renamed(measured: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 def loss_target(config: RunConfig) -> dict[str, Any]:
     """What the validation loss of a pretraining run asks: losses of runs that differ here answer different questions."""
-    model = config.model
-    return {"mask_ratio": model.mask_ratio, "patch_size": model.patch_size, "norm_pix_loss": model.norm_pix_loss}
+    return {key: getattr(config.model, key) for key in LOSS_TARGET}

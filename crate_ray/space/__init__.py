@@ -7,7 +7,7 @@ from crate_ray.space.costs import quantities
 from crate_ray.space.matching import Match
 from crate_ray.space.plan import Plan, describe_refusals, feasible, make_plan
 from crate_ray.space.planner import Planner, make_planner
-from crate_ray.space.point import Point, Stage
+from crate_ray.space.point import Point
 
 __all__ = [
     "ArmSpace",
@@ -15,7 +15,6 @@ __all__ = [
     "Plan",
     "Planner",
     "Point",
-    "Stage",
     "arm_config",
     "arms",
     "check_sweep",

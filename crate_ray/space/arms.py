@@ -10,10 +10,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crate_ray.config import Arm, ConfigError, Frozen, RunConfig, SweepConfig, dependence_order, nearest, read_recipe, set_key
+from crate_ray.config import (
+    Arm,
+    ConfigError,
+    Frozen,
+    RunConfig,
+    Stage,
+    SweepConfig,
+    dependence_order,
+    nearest,
+    read_recipe,
+    set_key,
+)
 from crate_ray.config.domain import SAME_FLOPS_KEY, depending_on
 from crate_ray.space.costs import flops_per_step
-from crate_ray.space.point import Point, Stage
+from crate_ray.space.point import Point
 
 _SECTIONS: dict[str, type[Frozen]] = {
     name: field.annotation

@@ -7,17 +7,14 @@ none, schedulers that could never act.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from crate_ray.config import LIVE_OBJECTIVES, ConfigError, RunConfig, SweepConfig
-from crate_ray.config.domain import SAME_FLOPS_KEY
+from crate_ray.config import LIVE_OBJECTIVES, LOSS_TARGET, ConfigError, RunConfig, SweepConfig
+from crate_ray.config.domain import SAME_FLOPS_KEY, value_at
 from crate_ray.space.arms import ArmSpace, arm_config, arms
 from crate_ray.space.constraints import parse_constraint
 from crate_ray.space.plan import Plan, make_plan
 from crate_ray.space.point import canonical
 
-_LOSS_TARGET = ("model.mask_ratio", "model.patch_size", "model.image_size", "model.norm_pix_loss")
-"""Validation losses of runs that differ here answer different questions."""
 _PAIRED = (
     "task",
     *("data.train", "data.mix", "data.eval", "data.lanes", "data.window", "data.augment", "data.crop_scale", "data.flip"),
@@ -122,8 +119,8 @@ def _check_losses(sweep: SweepConfig, runs: Iterable[RunConfig]) -> None:
     if not users:
         return
     runs = list(runs)
-    for key in _LOSS_TARGET:
-        values = sorted({_value(run, key) for run in runs})
+    for key in (f"model.{name}" for name in LOSS_TARGET):
+        values = sorted({value_at(run, key) for run in runs})
         if len(values) > 1:
             raise ConfigError(
                 f"{' and '.join(users)} = eval_loss, but {key} takes {', '.join(map(str, values[:6]))} over the trials: their "
@@ -212,16 +209,9 @@ def _kind(sweep: SweepConfig, arm: str, key: str) -> str | None:
     return domain.kind if domain else None
 
 
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _differing(configs: Mapping[str, RunConfig], key: str) -> str:
     """Arms with their values of a key, where these differ; else nothing."""
-    values = {arm: _value(config, key) for arm, config in configs.items()}
+    values = {arm: value_at(config, key) for arm, config in configs.items()}
     if len({repr(value) for value in values.values()}) < 2:
         return ""
     return ", ".join(f"{arm}: {value}" for arm, value in values.items())

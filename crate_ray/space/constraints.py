@@ -7,10 +7,10 @@ in numbers why not. The grammar has one comparison a line on purpose: several li
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from crate_ray.config import ConfigError, RunConfig, nearest
-from crate_ray.config.domain import run_keys
+from crate_ray.config.domain import run_keys, value_at
 from crate_ray.config.sweep import Quantity
 
 GRAMMAR = "NAME <= NUMBER (or <, >, >=, ==), or NAME within P% of NUMBER"
@@ -94,9 +94,7 @@ def _value_of(name: str, config: RunConfig, known: Mapping[str, float], text: st
                 "can be read; set train.steps"
             )
         return known[name]
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part, None)
+    value = value_at(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"constraint '{text}': {name} = {value!r} is no number in this run; compare a key that holds one")
     return float(value)

@@ -7,9 +7,9 @@ configuration of its run is built from it, never stored in it.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Stage = Literal["screen", "confirm"]
+from crate_ray.config import Stage
 
 
 @dataclass(frozen=True)

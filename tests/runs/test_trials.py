@@ -126,6 +126,7 @@ def test_a_later_session_leaves_alone_what_ended_by_itself(state: str, is_over: 
 def test_losses_ask_the_same_where_mask_patch_and_target_agree() -> None:
     mae = RunConfig.load("digits_mae", [])
     target = {"mask_ratio": mae.model.mask_ratio, "patch_size": mae.model.patch_size, "norm_pix_loss": mae.model.norm_pix_loss}
+    target["image_size"] = mae.model.image_size
     assert loss_target(mae) == target
     assert loss_target(RunConfig.load("digits_mae", ["model.encoder_depth=2", "optimizer.lr=1e-3"])) == target
     assert loss_target(RunConfig.load("digits_mae", ["model.mask_ratio=0.4"])) == target | {"mask_ratio": 0.4}

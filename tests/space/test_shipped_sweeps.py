@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crate_ray.config import RunConfig, SweepConfig, is_exploratory
+from crate_ray.config import RunConfig, Stage, SweepConfig, is_exploratory
 from crate_ray.models.cost import count_parameters, encode_flops, forward_flops
-from crate_ray.space import ArmSpace, Plan, Point, Stage, check_sweep, make_plan, make_planner, quantities
+from crate_ray.space import ArmSpace, Plan, Point, check_sweep, make_plan, make_planner, quantities
 
 FOLDER = Path(__file__).resolve().parents[2] / "sweeps"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
