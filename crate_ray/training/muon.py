@@ -72,7 +72,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             matrix.grad = gradient
         before = [p.clone() for p in matrices]
         self._muon.step()
-        torch._foreach_copy_(matrices, without_non_finite(matrices, before, found_inf))
+        for matrix, value in zip(matrices, without_non_finite(matrices, before, found_inf), strict=True):
+            matrix.copy_(value)
 
     def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
