@@ -379,8 +379,7 @@ class RunConfig(Frozen):
                 "task = classify trains a classifier, and model.num_classes is not set; give the number of classes"
             )
         if self.data.is_mixing:
-            for num_workers in range(self.scale.min_workers, self.scale.max_workers + 1):
-                check_pairs(self, num_workers)
+            check_pairs(self, *range(self.scale.min_workers, self.scale.max_workers + 1))
         self._check_mask_ratios()
         self._check_optimizer()
         self._check_best()
@@ -456,21 +455,23 @@ class RunConfig(Frozen):
         return load_run(recipe_or_path, overrides)
 
 
-def check_pairs(config: RunConfig, num_workers: int) -> None:
+def check_pairs(config: RunConfig, *num_workers: int) -> None:
     """Refuses batches that would tear apart the pairs (2j, 2j + 1) of rows that are mixed with each other.
 
     Args:
         config: A run that mixes.
-        num_workers: Workers that share the global batch.
+        num_workers: Workers that share the global batch; each number that may come.
 
     Raises:
         ConfigError: Names the keys and the nearest values that are valid.
     """
-    batch, micro_batch, whole = config.train.global_batch, config.train.micro_batch, 2 * num_workers
+    batch, micro_batch, whole = config.train.global_batch, config.train.micro_batch, 2 * math.lcm(*num_workers)
     problems = []
     if batch % whole:
         near = max(whole, batch - batch % whole)
-        problems.append(f"train.global_batch = {batch} is not a multiple of 2 x {num_workers} workers: use {near}")
+        first, last = num_workers[0], num_workers[-1]
+        needed = f"2 x {first} workers" if first == last else f"{whole}, which {first} to {last} workers need"
+        problems.append(f"train.global_batch = {batch} is not a multiple of {needed}: use {near}")
     if micro_batch is not None and micro_batch % 2:
         problems.append(f"train.micro_batch = {micro_batch} is odd: use {micro_batch + 1}")
     if problems:

@@ -39,12 +39,12 @@ class RestartPolicy(FailurePolicy):
 
     Args:
         failure_config: Its max_failures bounds the count.
-        folder: URI of the run, whose newest checkpoint is the measure of progress.
+        newest_step: Of the run's checkpoints, the measure of progress; -1 before the first.
     """
 
-    def __init__(self, failure_config: FailureConfig, folder: str) -> None:
+    def __init__(self, failure_config: FailureConfig, newest_step: Callable[[], int]) -> None:
         super().__init__(failure_config)
-        self._folder = folder
+        self._newest_step = newest_step
         self._failures = self._starts = 0
         self._step = -1
 
@@ -63,13 +63,23 @@ class RestartPolicy(FailurePolicy):
 
     def _forgive_after_progress(self) -> None:
         try:
-            newest = latest_checkpoint(RunFolder(self._folder))
+            step = self._newest_step()
         except OSError as error:  # a store that refuses for a moment; the count stands
             log.warning("cannot list checkpoints: %s", error)
             return
-        if newest is not None and newest.step > self._step:
-            self._step = newest.step
+        if step > self._step:
+            self._step = step
             self._failures = self._starts = 0
+
+
+def newest_step(folder: str) -> int:
+    """Step of the newest whole checkpoint of a run, -1 where there is none.
+
+    Args:
+        folder: URI.
+    """
+    newest = latest_checkpoint(RunFolder(folder))
+    return -1 if newest is None else newest.step
 
 
 class ElasticPolicy(ElasticScalingPolicy):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -291,7 +292,7 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     from ray.train.v2.api.config import RunConfig as RayRunConfig
 
     from crate_ray.launch.controller import ControllerHandle
-    from crate_ray.launch.policies import ElasticPolicy, PolicedTrainer, RestartPolicy
+    from crate_ray.launch.policies import ElasticPolicy, PolicedTrainer, RestartPolicy, newest_step
 
     store, path = storage.open_store(folder.uri)
     scale = config.scale
@@ -305,7 +306,7 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     grace_s = config.checkpoint.stop_grace_s
     return PolicedTrainer(
         worker,
-        failure_policy=RestartPolicy(failure, folder.uri),
+        failure_policy=RestartPolicy(failure, partial(newest_step, folder.uri)),
         scaling_policy=ElasticPolicy(scaling, payload["line"], grace_s) if scale.is_elastic else None,
         train_loop_config=payload,
         scaling_config=scaling,

@@ -153,6 +153,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         context.close()
     context.finish()
     if result.state == "KILLED" and context.pause_reason is not None:
+        log.info("leaving with a checkpoint at step %d: %s", result.step, context.pause_reason)
         raise WorkersPausedError(f"{context.pause_reason}; a checkpoint was written at step {result.step}")
     return {"state": result.state, "step": result.step, "reason": None, "diverged": False}
 

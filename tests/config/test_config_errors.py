@@ -82,6 +82,11 @@ def test_an_override_that_is_no_assignment_is_refused_with_its_text(override: st
         (["optimizer.lr=null"], "give exactly one of optimizer.lr"),
         (["train.steps=null"], "give exactly one of train.steps and train.epochs"),
         (["scale.num_workers=129"], "use at most 128 workers"),
+        (["scale.num_workers={min: 1, max: 129}"], "scale.num_workers.max = 129 is more than train.global_batch = 128"),
+        (["scale.num_workers={min: 3, max: 2}"], "such as {min: 1, max: 8}, not {'min': 3, 'max': 2}"),
+        (["scale.num_workers={min: 1}"], "not {'min': 1}"),
+        (["scale.num_workers={min: 1, most: 2}"], "not {'min': 1, 'most': 2}"),
+        (["scale.num_workers=1.5"], "scale.num_workers = 1.5: give a whole number of workers, 1 or more"),
         (["data.crop_scale=[0.5, 0.2]"], "smallest <= largest"),
         (["model.num_classes=10"], "leave it out"),
         (["task=classify"], "give the number of classes"),
@@ -91,6 +96,10 @@ def test_an_override_that_is_no_assignment_is_refused_with_its_text(override: st
         (
             [*CLASSIFY, "data.cutmix_alpha=1", "scale.num_workers=3"],
             "train.global_batch = 128 is not a multiple of 2 x 3 workers",
+        ),
+        (
+            [*CLASSIFY, "data.cutmix_alpha=1", "scale.num_workers={min: 1, max: 4}"],
+            "train.global_batch = 128 is not a multiple of 24, which 1 to 4 workers need: use 120",
         ),
         ([*CLASSIFY, "data.cutmix_alpha=1", "train.micro_batch=7"], "train.micro_batch = 7 is odd: use 8"),
         ([*CLASSIFY, "model.embedding=normed"], "embedding linear with either family"),

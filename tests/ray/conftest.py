@@ -1,4 +1,7 @@
-"""One Ray cluster for the whole session, in its own temporary folder; driver processes join it by RAY_ADDRESS."""
+"""One Ray cluster for the whole session, in its own temporary folder; driver processes join it by RAY_ADDRESS.
+
+Tests that lose whole nodes have clusters of their own (`start_nodes`). They come first, so that these never stand beside it.
+"""
 
 import os
 import shutil
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from nodes import Nodes
 
 TINY = [
     "model.width=32",
@@ -35,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
             item.add_marker(pytest.mark.timeout(400))
             item.add_marker(pytest.mark.filterwarnings("default"))
+    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +74,12 @@ def overrides(digits: Path, tmp_path: Path) -> list[str]:
 class Driver:
     """A `crate-ray train` process with a hard end."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         self._log = log.open("w+")
         command = [sys.executable, "-m", "crate_ray", *arguments]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **environment}
+        )
 
     def wait(self, timeout_s: float) -> int:
         """Exit code."""
@@ -92,14 +99,36 @@ class Driver:
 
 
 @pytest.fixture
-def drive(cluster: str, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
-    """Starts drivers on the cluster; all are gone after the test."""
+def start_driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Starts drivers, with settings of their own; all are gone after the test."""
     drivers: list[Driver] = []
 
-    def start(*arguments: str) -> Driver:
-        drivers.append(Driver(list(arguments), tmp_path / f"driver-{len(drivers)}.log"))
+    def start(*arguments: str, environment: dict[str, str] | None = None) -> Driver:
+        drivers.append(Driver(list(arguments), tmp_path / f"driver-{len(drivers)}.log", environment or {}))
         return drivers[-1]
 
     yield start
     for driver in drivers:
         driver.close()
+
+
+@pytest.fixture
+def drive(cluster: str, start_driver: Callable[..., Driver]) -> Callable[..., Driver]:
+    """Starts drivers on the session's cluster."""
+    return start_driver
+
+
+@pytest.fixture
+def start_nodes() -> Iterator[Callable[..., Nodes]]:
+    """Starts clusters of several nodes; all end with the test."""
+    folder = Path(tempfile.mkdtemp(prefix="cr-n-"))
+    clusters: list[Nodes] = []
+
+    def start(head_cpus: int, environment: dict[str, str]) -> Nodes:
+        clusters.append(Nodes(folder, head_cpus, environment))
+        return clusters[-1]
+
+    yield start
+    for cluster in clusters:
+        cluster.close()
+    shutil.rmtree(folder, ignore_errors=True)

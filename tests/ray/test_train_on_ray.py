@@ -92,7 +92,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on_as_if_nothing
         assert resumed[step] == pytest.approx(undisturbed[step], rel=WORKER_COUNT_TOLERANCE), step
 
 
-def undisturbed_losses(overrides: list[str], steps: int) -> dict[int, float]:
+def undisturbed_losses(overrides: list[str], steps: int, *, total: int = 400) -> dict[int, float]:
     """The same run in this process, without Ray and without a stop, for its first steps."""
     from crate_ray.training.loop import LocalContext, run_training
     from crate_ray.training.prepare import prepare_run
@@ -102,7 +102,7 @@ def undisturbed_losses(overrides: list[str], steps: int) -> dict[int, float]:
             if step >= steps:
                 self.stop()
 
-    more = ["train.steps=400", "name=undisturbed", "scale.num_workers=1"]
+    more = [f"train.steps={total}", "name=undisturbed", "scale.num_workers=1"]
     config, folder = prepare_run(RunConfig.load("digits_crate_mae", [*overrides, *more]), device_type="cpu")
     run_training(config, folder, StopAt())
     return losses_of(folder)
