@@ -3,8 +3,10 @@
 import gzip
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from crate_ray.training.norms import BlockNorms, block_of
 from crate_ray.training.profiling import MOST_STEPS, ProfiledSteps
 
 LoadTiny = Callable[..., RunConfig]
-CPU = torch.device("cpu")
+TIMEOUT_S = 150
 
 
 def trained(config: RunConfig, folder: Path, **options: object) -> dict[int, dict[str, float]]:
@@ -105,6 +107,45 @@ def test_a_parameter_lies_in_one_block(name: str, block: str) -> None:
     assert block_of(name) == block
 
 
+def in_processes(world_size: int, work: Callable[..., None], *arguments: object) -> None:
+    """Runs `work(rank, *arguments)` in so many processes, and ends them, whatever happens, after TIMEOUT_S."""
+    context = start_processes(work, arguments, nprocs=world_size, join=False, start_method="spawn")  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=1, grace_period=5):
+            assert time.monotonic() < deadline, f"workers did not end within {TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def train_shared(rank: int, world_size: int, config: dict[str, Any], out: str) -> None:
+    """Trains the same run with copies of the model, then with shards of it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world_size)
+    for parallel in ("ddp", "fsdp"):
+        context = LocalContext()
+        context.rank, context.world_size, context.local_rank = rank, world_size, rank
+        parsed = RunConfig.parse({**config, "scale": {**config["scale"], "parallel": parallel}})
+        run_training(parsed, RunFolder(f"{out}/{parallel}"), context, profiled=ProfiledSteps(2, 2))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_record_the_norms_of_one_with_copies_or_shards_of_the_model(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    config = load_tiny("train.steps=4", "eval.norms_every_steps=2", "train.clip_norm=0.1")
+    alone = trained(config, tmp_path / "alone")
+    in_processes(2, train_shared, 2, config.model_dump(mode="json"), str(tmp_path))
+    keys = [key for key in alone[4] if key.startswith("norms/")]
+    assert len(keys) == 8
+    for parallel in ("ddp", "fsdp"):
+        shared = {record.step: record.values for record in read_records(RunFolder(str(tmp_path / parallel)))}
+        for step in (2, 4):
+            assert {key: shared[step][key] for key in keys} == pytest.approx({key: alone[step][key] for key in keys}, rel=1e-3)
+        assert shared[4]["perf/num_workers"] == 2
+        assert (tmp_path / parallel / "profile" / "steps_2-2.json.gz").exists()
+
+
 def measure_sharded(rank: int, world_size: int, hybrid: bool, folder: str) -> None:
     """Norms of a sharded model after one step of known gradients; each rank writes what it found."""
     torch.set_num_threads(1)
@@ -154,7 +195,7 @@ def test_norms_of_sharded_parameters_are_those_of_whole_ones(world_size: int, hy
     norms.arm(1)
     optimizer.step()
     expected = norms.take(1, grad_norm=3.0)
-    start_processes(measure_sharded, (world_size, hybrid, str(tmp_path)), nprocs=world_size, start_method="spawn")  # type: ignore[no-untyped-call]
+    in_processes(world_size, measure_sharded, world_size, hybrid, str(tmp_path))
     for rank in range(world_size):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-5)
 
