@@ -7,6 +7,7 @@ import typer
 from crate_ray.cli.arguments import Json, Set
 from crate_ray.cli.output import print_json
 from crate_ray.config import RunConfig, recipe_names
+from crate_ray.runs import encode_number
 
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
@@ -43,7 +44,7 @@ def train(
         outcome = study.train(config, profiled=profiled)
     summary = summarise(outcome, study.links())
     if as_json:
-        print_json(summary)
+        print_json({key: encode_number(value) if isinstance(value, float) else value for key, value in summary.items()})
     else:
         print_summary(summary)
     raise typer.Exit(exit_code(outcome))
