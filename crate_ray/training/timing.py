@@ -52,17 +52,6 @@ class Timing:
     probe_s: float | None
     frame_s: float
 
-    @property
-    def median_step_s(self) -> float:
-        """Of the steps."""
-        return statistics.median(self.step_s)
-
-
-def seconds_per_step(config: RunConfig, *, limit_s: float = 5.0) -> float:
-    """Median seconds of a training step on this device; see `time_run`."""
-    with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
-        return statistics.median(_step_seconds(_train(config, RunFolder(scratch), limit_s=limit_s, most=MOST_STEPS)))
-
 
 def time_run(config: RunConfig, *, limit_s: float = 5.0, probe: bool = False) -> Timing:
     """Measures a run on this device, with one worker.
