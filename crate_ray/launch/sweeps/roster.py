@@ -11,6 +11,7 @@ from typing import Any
 
 from crate_ray.config import DataConfig, RunConfig, SweepConfig, digest, resume_parts
 from crate_ray.launch.sweeps.folder import STOP_FILE
+from crate_ray.launch.sweeps.generations import newest_generation
 from crate_ray.launch.sweeps.schedulers import Entry, size_class
 from crate_ray.runs import RunFolder, TrialRow, loss_target
 from crate_ray.space.arms import point_config
@@ -106,12 +107,16 @@ class Roster:
             "study": self._sweep.name,
             "parent_uid": self._parent_uid,
             "quantities": known,
-            "set": {},
+            "set": self._changed(folder),
             "stop_file": self._folder.path(STOP_FILE),
         }
         refusal = None if self._worker_bytes is None else memory_reason(config, device_bytes=self._worker_bytes)
         entry = Entry(self._group(point, config, known["params_m"]), steps)
         return Planned(point, folder, config, given, entry, row, refusal)
+
+    def _changed(self, folder: RunFolder) -> dict[str, Any]:
+        """What a population has changed of a trial in an earlier session: who copies it takes its values from here."""
+        return dict(newest_generation(folder).set) if self._sweep.scheduler.type == "pbt" else {}
 
     def unplanned(self, point: Point, reason: str) -> TrialRow:
         """The row of a point that `plan` refused: FAILED, under a name of its own, for it has no identity without its data."""

@@ -60,7 +60,13 @@ WIDTHS = {"model.width": {"grid": [64, 4096]}}
 
 
 def search_of(
-    digits: Path, tmp_path: Path, seen: Seen, points: list[Told] | None = None, *, space: Mapping[str, Any] = WIDTHS
+    digits: Path,
+    tmp_path: Path,
+    seen: Seen,
+    points: list[Told] | None = None,
+    *,
+    space: Mapping[str, Any] = WIDTHS,
+    **keys: Any,
 ) -> tuple[PlannedSearch, RunFolder]:
     """The search of a sweep; by default over two widths, the larger of which needs more than the 4 GiB that a worker has."""
     sweep = SweepConfig.parse(
@@ -70,6 +76,7 @@ def search_of(
             "set": {"data.train": f"{digits}/train", "data.eval": f"{digits}/validation", "storage.path": str(tmp_path)},
             "space": dict(space),
             "tune": {"optimizer.lr": {"grid": [1e-4, 1e-3]}},
+            **keys,
         }
     )
     num_samples = int(load_source(f"{digits}/train").num_samples)
@@ -232,3 +239,20 @@ def started_trial(search: PlannedSearch, folder: RunFolder, trial_id: str, *, st
     row = TrialRow(id=trial.name, arm="crate", seed=0, state=state, objectives={"eval_loss": 0.5})
     write_trial(trial, row)
     return row
+
+
+def test_a_trial_of_a_population_goes_on_with_the_values_that_it_ended_an_earlier_session_with(
+    digits: Path, tmp_path: Path
+) -> None:
+    pbt = {"type": "pbt", "population": 2, "interval_steps": 10, "perturb": {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}}
+    keys = {"space": SMALL, "scheduler": pbt, "report_every_steps": 10}
+    search, _ = search_of(digits, tmp_path, Seen(), **keys)
+    config = search.suggest("a")
+    assert isinstance(config, dict)
+    assert config["set"] == {}
+    clone = RunFolder(RunFolder(config["folder"]).path("gen_01"))
+    clone.write_json("generation.json", {"donor": "another", "step": 10, "set": {"optimizer.lr": 2e-4}})
+    later, _ = search_of(digits, tmp_path, Seen(), **keys)
+    again = later.suggest("a")
+    assert isinstance(again, dict)
+    assert (again["folder"], again["set"]) == (config["folder"], {"optimizer.lr": 2e-4})
