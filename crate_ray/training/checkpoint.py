@@ -21,7 +21,7 @@ from safetensors.torch import load
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, resume_parts
 from crate_ray.runs import RunFolder
-from crate_ray.training.sharded import read_whole
+from crate_ray.training.sharded import files_of, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,10 @@ class Checkpoint:
     def train_seconds(self) -> float:
         """Time trained so far."""
         return float(self.state["train_seconds"])
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there, or shards of it."""
+        return bool(files_of(self, name))
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one file, or of its shards joined; verified.
@@ -229,19 +233,27 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def prune_checkpoints(folder: RunFolder, *, keep_last: int, keep_best: int = 0, best_metric: str = "eval/loss") -> None:
+def prune_checkpoints(
+    folder: RunFolder,
+    *,
+    keep_last: int,
+    keep_best: int = 0,
+    best_metric: str = "eval/loss",
+    writing: int | None = None,
+) -> None:
     """Deletes all but the newest, the best and the pinned ones, and what writers that died have left behind.
 
     Args:
-        folder: The run's; no other process may be writing a checkpoint into it.
+        folder: The run's; nobody may be writing a checkpoint into it, but that of `writing`.
         keep_last: The newest ones to keep.
         keep_best: Those with the best `best_metric` to keep besides; of equals the earlier ones.
         best_metric: A key of LARGER_IS_BETTER; checkpoints without a finite value of it are not among the best.
+        writing: Step whose folder is left as it is.
     """
     checkpoints = list_checkpoints(folder)
     kept = checkpoints[-keep_last:] + best_checkpoints(checkpoints, best_metric)[:keep_best]
-    for name in _step_folders(folder):
-        uri = folder.path("checkpoints", name)
+    untouched = None if writing is None else checkpoint_uri(folder, writing)
+    for uri in {folder.path("checkpoints", name) for name in _step_folders(folder)} - {untouched}:
         its_files = next((checkpoint.files for checkpoint in kept if checkpoint.uri == uri), None)
         if its_files is None:
             its_files = _pinned_files(uri, checkpoints)

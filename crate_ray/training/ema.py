@@ -97,7 +97,7 @@ def weights_file(config: RunConfig, checkpoint: Checkpoint, *, use_ema: bool | N
         ConfigError: The average is asked for, and the run keeps none.
     """
     wanted = config.eval.use_ema if use_ema is None else use_ema
-    if wanted and EMA_FILE not in checkpoint.files:
+    if wanted and not checkpoint.holds(EMA_FILE):
         raise ConfigError(
             f"{checkpoint.uri} holds no average of the weights: the run was trained without train.ema; "
             "take the weights themselves (--no-ema), or train with train.ema=0.999, say"

@@ -14,7 +14,8 @@ from crate_ray.config import ConfigError, ModelConfig, RunConfig, resume_parts
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model, load_weights
 from crate_ray.models.weight_files import WeightsFile, read_weights
 from crate_ray.runs import RunFolder, list_runs
-from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
+from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
+from crate_ray.training.sharded import files_of
 
 _FIX = (
     "give a .safetensors or .pth file, or the folder of a run (`crate-ray runs` lists them): "
@@ -24,15 +25,16 @@ _FIX = (
 
 @dataclass(frozen=True)
 class _Source:
-    """A weights file, its digest, and the model of the run that wrote it, where that is known."""
+    """A weights file or the weights of a checkpoint, their digest, and the model of the run that wrote them, where known."""
 
-    path: str
+    contents: str | Checkpoint
     digest: str
     model: ModelConfig | None
 
     def read(self) -> WeightsFile:
         """The tensors with their configuration; that of the run where its checkpoint, an old one, carries none."""
-        file = read_weights(self.path)
+        contents = self.contents
+        file = read_weights(contents if isinstance(contents, str) else contents.read(MODEL_FILE))
         return file if file.config is not None else replace(file, config=self.model)
 
 
@@ -100,8 +102,11 @@ def _find(uri: str) -> _Source | None:
     if checkpoint is None:
         what = "has no checkpoint yet" if folder.exists() else "is a folder, but not that of a run"
         raise ConfigError(f"train.init_from = '{uri}' {what}; {_FIX}")
-    digest = str(checkpoint.files[MODEL_FILE]["sha256"])
-    return _Source(storage.join(checkpoint.uri, MODEL_FILE), digest, folder.read_config().model)
+    if MODEL_FILE in checkpoint.files:
+        file, digest = storage.join(checkpoint.uri, MODEL_FILE), str(checkpoint.files[MODEL_FILE]["sha256"])
+        return _Source(file, digest, folder.read_config().model)
+    sums = [str(checkpoint.files[shard]["sha256"]) for shard in files_of(checkpoint, MODEL_FILE)]
+    return _Source(checkpoint, hashlib.sha256("".join(sums).encode()).hexdigest(), folder.read_config().model)
 
 
 def _recorded_digest(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch, BatchReader, load_source, open_reader
-from crate_ray.models import create_model
+from crate_ray.models import Classifier, MaskedAutoencoder, create_model
 from crate_ray.models.cost import count_parameters, training_flops_per_image
 from crate_ray.runs import Intervention, MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
 from crate_ray.training.checkpoint import (
@@ -40,7 +40,7 @@ from crate_ray.training.parallel import choose_parallel
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.profiling import ProfiledSteps, StepProfiler
 from crate_ray.training.saving import CheckpointSaver
-from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
+from crate_ray.training.schedule import cooldown_start, describe_rate, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, TrainStep, Votes
 from crate_ray.training.watchdog import Watchdog
 from crate_ray.training.whitebox import WhiteboxMonitor
@@ -167,6 +167,8 @@ class Trainer:
         self.cooldown = cooldown_start(config, self.num_samples)
         self.peak_lr = config.optimizer.peak_lr(config.train.global_batch)
         make_deterministic(config)
+        if context.rank == 0:
+            log.info("%s", describe_rate(config, self.num_samples))
         self.parallel = choose_parallel(config.scale, context, self.device)
         restored, interventions = self._agreed_path()
         self.model = create_model(config.model).to(self.device)
@@ -212,7 +214,13 @@ class Trainer:
         self._pending: deque[tuple[PendingOutcome, Batch]] = deque()
         self._eval_values: dict[str, float] = {}
         self.saver = CheckpointSaver(
-            config, folder, ranks=self.parallel, device=self.device, sink=self.sink, attempt=context.attempt
+            config,
+            folder,
+            ranks=self.parallel,
+            device=self.device,
+            sink=self.sink,
+            attempt=context.attempt,
+            restored=restored.step if restored else None,
         )
         self._saved_step = self.step if restored else -1
 
@@ -258,8 +266,8 @@ class Trainer:
 
     def run(self) -> LoopResult:
         """The loop."""
-        if self.step == 0:
-            self._record(self._measure_whitebox())  # the initialisation: later values mean little without it
+        if self.step == 0 and self.evaluator is not None and self.config.eval.whitebox_every_steps:
+            self._record(self._measure_whitebox(self.parallel.whole(self.model)))  # later values mean little without these
         if self.step == self.total:  # stopped between the last checkpoint and the final numbers
             self._evaluate()
         evaluated: dict[str, float] = {}
@@ -369,17 +377,18 @@ class Trainer:
         values: dict[str, float] = {}
         self._read_outcomes(lag=0)
         with self.ema.swapped() if self.ema and cadence.use_ema else nullcontext():
+            model = self.parallel.whole(self.model)
             if self._is_due(cadence.every_steps):
-                self._eval_values = self.evaluator.metrics(self.model)
+                self._eval_values = self.evaluator.metrics(model)
                 values.update(self._eval_values)
                 self.health.see_evaluation(values)
             if self.step == self.total:
-                self._eval_values |= self.evaluator.losses_by_mask_ratio(self.model)
+                self._eval_values |= self.evaluator.losses_by_mask_ratio(model)
             if self._is_due(cadence.probe_every_steps):
-                top1 = self.evaluator.knn(self.model)
+                top1 = self.evaluator.knn(model)
                 if top1 is not None:
                     values["eval/knn_top1"] = top1
-            self._record(values | self._measure_whitebox())
+            self._record(values | self._measure_whitebox(model))
         if values and self.monitor.images_per_s is not None:
             values["perf/images_per_s"] = self.monitor.images_per_s
         return values
@@ -391,11 +400,11 @@ class Trainer:
             passes |= {f"data/epoch_{number}": value for number, value in enumerate(self.reader.epochs)}
         return passes
 
-    def _measure_whitebox(self) -> dict[str, float]:
+    def _measure_whitebox(self, model: MaskedAutoencoder | Classifier) -> dict[str, float]:
         """What each layer does to the frozen batch, where it is due. On rank 0 alone, and without a collective."""
         if self.whitebox is None or not self._is_due(self.config.eval.whitebox_every_steps):
             return {}
-        return self.whitebox.measure(self.model)
+        return self.whitebox.measure(model)
 
     def _record(self, values: Mapping[str, float]) -> None:
         """Writes what was measured between steps, and leaves that time out of the throughput."""

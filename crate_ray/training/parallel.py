@@ -20,7 +20,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from crate_ray.training.sharded import describe, local_shards, read_into, shard_
 
 log = logging.getLogger(__name__)
 
-Model = TypeVar("Model", MaskedAutoencoder, Classifier)
+Model = MaskedAutoencoder | Classifier
 
 # Position tables are the same on every rank and never change. torch 2.15 renamed the argument that says so.
 _SYNC_BUFFERS = "forward_sync_buffers"
@@ -61,7 +61,7 @@ class Parallel:
         self.world_size = world_size
         self.num_shards = 1
 
-    def distribute(self, model: MaskedAutoencoder | Classifier) -> None:
+    def distribute(self, model: Model) -> None:
         """Leaves this worker with its part of the parameters; before an optimizer takes hold of them."""
 
     def wrap(self, objective: nn.Module) -> nn.Module:
@@ -158,7 +158,7 @@ class Sharded(Parallel):
         self._writes = rank in nodes[0]
         self._model: nn.Module | None = None
 
-    def distribute(self, model: MaskedAutoencoder | Classifier) -> None:
+    def distribute(self, model: Model) -> None:
         """See Parallel."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -187,7 +187,7 @@ class Sharded(Parallel):
         with torch.device("meta"):
             copy = create_model(model.config)
         copy.load_state_dict({name: _gathered(value) for name, value in model.state_dict().items()}, assign=True)
-        return cast(Model, copy.train(model.training))
+        return copy.train(model.training)
 
     def files(self, name: str, state: Mapping[str, Tensor]) -> "dict[str, tuple[dict[str, Tensor], dict[str, str]]]":
         """See Parallel. Of nodes that are copies of each other one writes."""

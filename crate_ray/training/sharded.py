@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
+from crate_ray.training.tensor_files import DTYPES
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,16 +30,6 @@ _SHARD = re.compile(r"^(.+)\.shard-\d{5}-of-(\d{5})\.safetensors$")
 _SUFFIX = ".safetensors"
 _SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 """What torch.distributed.checkpoint calls them in a file's metadata."""
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class Files(Protocol):
@@ -61,18 +52,12 @@ def shard_name(name: str, number: int, total: int) -> str:
 
 
 def files_of(checkpoint: Files, name: str) -> list[str]:
-    """The file of that name, or its shards in order.
-
-    Raises:
-        ConfigError: The checkpoint has neither, or not all of its shards.
-    """
+    """The file of that name, or all of its shards in order; none where the checkpoint does not have it."""
     if name in checkpoint.files:
         return [name]
     found = {file: match for file in sorted(checkpoint.files) if (match := _SHARD.match(file))}
     shards = [file for file, match in found.items() if match[1] + _SUFFIX == name]
-    if not shards or len(shards) != int(found[shards[0]][2]):
-        held = ", ".join(sorted(checkpoint.files)) or "nothing"
-        raise ConfigError(f"checkpoint {checkpoint.uri} has no {name}, whole or in shards; it holds: {held}")
+    assert not shards or len(shards) == int(found[shards[0]][2]), "a manifest lists the shards of all workers"
     return shards
 
 
@@ -115,7 +100,7 @@ def read_into(state: dict[str, Tensor], checkpoint: Files, name: str) -> None:
     """Fills tensors, this worker's rows of DTensors, from the files that have these rows; without a collective.
 
     Raises:
-        ConfigError: A tensor is missing or of another shape, or a file is damaged.
+        ConfigError: The state or a tensor of it is missing, one has another shape, or a file is damaged.
     """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.metadata import Metadata
@@ -142,7 +127,11 @@ class _Layout:
 
         self.tensors: dict[str, TensorStorageMetadata] = {}
         self.homes: dict[MetadataIndex, str] = {}
-        for file in files_of(checkpoint, name):
+        files = files_of(checkpoint, name)
+        if not files:
+            held = ", ".join(sorted(checkpoint.files)) or "nothing"
+            raise ConfigError(f"checkpoint {checkpoint.uri} has no {name}, whole or in shards; it holds: {held}")
+        for file in files:
             header = _read_header(storage.join(checkpoint.uri, file))
             offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "{}"))
             for key, entry in header.items():
@@ -158,7 +147,7 @@ class _Layout:
 def _empty(dtype: str, num_axes: int) -> "TensorStorageMetadata":
     from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
-    return TensorStorageMetadata(TensorProperties(dtype=_DTYPES[dtype]), torch.Size([0] * num_axes), [])
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype]), torch.Size([0] * num_axes), [])
 
 
 def _read_header(uri: str) -> dict[str, Any]:
