@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from crate_ray import storage
 from crate_ray.cli.output import errors
 from crate_ray.cli.sweep_table import fit_parts
 from crate_ray.runs import SEGMENT_SECONDS, Record, RecordTail, RunFolder
@@ -126,13 +127,18 @@ class RunProgress:
         self._runs.append(ShownRun(folder.name, total=total, attempt=attempt, done=done, workers=workers))
 
     def poll(self) -> None:
-        """Shows what came since the last call."""
+        """Shows what came since the last call; a store that does not answer for a moment is asked again later."""
         if self._tail is None or time.monotonic() < self._next_read:
             return
         self._next_read = time.monotonic() + self._read_every_s
+        try:
+            with storage.retry_deadline(0):  # the caller has a lease to renew and signals to pass on
+                records = self._tail.poll()
+        except OSError:
+            return
         run = self._runs[-1]
         was_done = run.is_done
-        for record in self._tail.poll():
+        for record in records:
             run.take(record)
         is_news = run.is_done and not was_done
         if not self._is_terminal and run.has_begun and (is_news or time.monotonic() - self._last_line > LINE_EVERY_S):
@@ -223,7 +229,7 @@ class ShownRun:
         return f"{duration(max(left_s, 0.0))} left"
 
     def _facts(self, now: float) -> list[str]:
-        if self._last_record is None:
+        if self._last_record is None or "train/lr" not in self._values:  # before the first window of steps
             return [f"starting {self._workers}", *self._saved(now)]
         facts = [form.format(self._values[key]) for key, form in _SHOWN.items() if key in self._values]
         facts += self._saved(now)

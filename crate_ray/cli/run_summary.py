@@ -105,7 +105,7 @@ def _lines(summary: Mapping[str, Any]) -> dict[str, str]:
     return {
         "trained": _trained(summary),
         "loss": _losses(summary),
-        "memory": "" if summary["peak_gib"] is None else f"{summary['peak_gib']:.2f} GiB at most",
+        "memory": "" if summary["peak_gib"] is None else f"{summary['peak_gib']:.2f} GiB at most on a worker",
         "checkpoints": _saved(summary),
         "faults": _faults(summary),
         "folder": folder,

@@ -68,6 +68,7 @@ def test_every_fact_is_whole_on_a_terminal_of_any_width(width: int, lines: int) 
 def test_a_resumed_run_starts_at_its_step_and_shows_no_older_record() -> None:
     run = started(attempt=2, done=700)
     run.take(record(900, 10.0, attempt=1))
+    run.take(Record(700, 15.0, 2, {"whitebox/layer01/nonzero_fraction": 0.5}))  # comes before the first window of steps
     assert "step 700/60,000" in shown(run, 20.0, 120)[0]
     assert "starting 8 workers  checkpoint 700" in " ".join(shown(run, 20.0, 120))
     run.take(record(720, 30.0, attempt=2))
@@ -110,6 +111,20 @@ def test_piped_progress_is_plain_lines_each_ten_seconds_and_at_the_end(
     assert [line.split("  ")[1] for line in lines] == ["step 10/30", "step 30/30"]
     assert lines[-1].endswith("loss 0.3000  1 worker")
     assert LINE_EVERY_S == 10
+
+
+def test_records_that_cannot_be_read_for_a_moment_end_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # reading it raises, as a store that refuses does
+    with RunProgress() as shows:
+        shows.follow(folder, total=30, attempt=1)
+        shows.poll()
+        (tmp_path / "run" / "metrics.jsonl").rmdir()
+        writer = RecordWriter(folder, 1)
+        writer.write(10, {"train/loss": 0.5, "train/lr": 1.0})
+        writer.close()
+        shows.poll()
+        assert shows._runs[-1].has_begun
 
 
 def options(digits: Path, out: Path, *more: str) -> list[str]:
@@ -230,7 +245,7 @@ def test_the_summary_of_a_finished_run_says_what_it_did_and_what_is_next(
     text = summary_text(ended, monkeypatch, state="FINISHED")
     assert "20 steps, 1,280 images, 8 workers, 1,234 images/s, data wait 2%, MFU 41%" in text
     assert "0.0500 in training, 0.1203 on validation, kNN 67.1%" in text
-    assert "0.75 GiB at most" in text
+    assert "0.75 GiB at most on a worker" in text
     assert "3 steps skipped" in text
     assert f"crate-ray probe {ended.uri}\n" in text
 
