@@ -23,6 +23,10 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="For images of this side: position tables are interpolated.", show_default=False)
     ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option("--ema/--no-ema", help="The average of the weights (train.ema), or not; default: as the run evaluates."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -31,7 +35,7 @@ def export(
     from crate_ray.training.export import export_run
 
     chosen: Any = format
-    report = export_run(RunFolder(run_folder), out, format=chosen, image_size=image_size, force=force)
+    report = export_run(RunFolder(run_folder), out, format=chosen, image_size=image_size, use_ema=ema, force=force)
     if as_json:
         print_json(dataclasses.asdict(report))
         return

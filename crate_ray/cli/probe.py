@@ -28,13 +28,19 @@ def probe(
         list[int] | None,
         typer.Option("--layer", help="With --pictures: encoder layer to draw attention and keys of, from 1; may be repeated."),
     ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema", help="Judge the average of the weights (train.ema), or not; default: as the run evaluates."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge finished runs: features by linear probe, few labels, kNN, beside the untrained encoder; classifiers by top-1."""
     folders = _check(run_folders, pictures=pictures, layers=layers or [])
     split: Any = "test" if test else "validation"
     not_probed = _without_labels(folders, split) if pictures else {}
-    reports = {folder.name: _judge(folder, split) for folder in folders if folder.name not in not_probed}
+    reports = {folder.name: _judge(folder, split, ema) for folder in folders if folder.name not in not_probed}
     drawn = {folder.name: _draw(folder, layers or []) for folder in folders} if pictures else {}
     if as_json:
         print_json({"split": split, "runs": reports, **({"not_probed": not_probed, "pictures": drawn} if pictures else {})})
@@ -77,11 +83,11 @@ def _without_labels(folders: "list[RunFolder]", split: Any) -> dict[str, str]:
     return found
 
 
-def _judge(folder: "RunFolder", split: Any) -> dict[str, Any]:
+def _judge(folder: "RunFolder", split: Any, ema: bool | None) -> dict[str, Any]:
     from crate_ray.training.probe import probe_run
 
     errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
-    report = probe_run(folder, split=split)
+    report = probe_run(folder, split=split, use_ema=ema)
     return report if _is_of_classifier(report) else _with_pixels(folder, report, split)
 
 

@@ -15,7 +15,8 @@ from crate_ray.models import Classifier, MaskedAutoencoder, create_model, load_w
 from crate_ray.models.export import export_onnx, export_program, pickle_state, published_state
 from crate_ray.models.weight_files import config_metadata, encode_safetensors
 from crate_ray.runs import RunFolder
-from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
+from crate_ray.training.checkpoint import latest_checkpoint
+from crate_ray.training.ema import EMA_FILE, weights_file
 
 Format = Literal["safetensors", "torch-export", "onnx", "crate", "mae"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -47,7 +48,13 @@ class ExportReport:
 
 
 def export_run(
-    folder: RunFolder, out: str, *, format: Format, image_size: int | None = None, force: bool = False
+    folder: RunFolder,
+    out: str,
+    *,
+    format: Format,
+    image_size: int | None = None,
+    use_ema: bool | None = None,
+    force: bool = False,
 ) -> ExportReport:
     """Writes the newest checkpoint's weights, or its encoder, to a file.
 
@@ -57,11 +64,12 @@ def export_run(
         format: safetensors holds the whole model with its configuration; crate and mae what the published code of that
             repository loads; torch-export and onnx the encoder as a program.
         image_size: Interpolates position tables to images of this side, pixels; None keeps the run's.
+        use_ema: The average of the weights, or not; None as the run's evaluation does, `eval.use_ema`.
         force: Replaces an existing file.
 
     Raises:
-        ConfigError: No such run, no checkpoint, an unknown or wrong format, a suffix that does not belong to it, a file
-            that exists or cannot be written, or a missing package.
+        ConfigError: No such run, no checkpoint, no average of its weights, an unknown or wrong format, a suffix that does not
+            belong to it, a file that exists or cannot be written, or a missing package.
     """
     _check_format(out, format)
     if not folder.exists():
@@ -70,9 +78,10 @@ def export_run(
     if checkpoint is None:
         raise ConfigError(f"run '{folder.name}' has no checkpoint yet; train it first (`crate-ray runs` shows its state)")
     check_output(out, force=force)
+    file = weights_file(config, checkpoint, use_ema=use_ema)
     overrides = {} if image_size is None else {"image_size": image_size}
     model = create_model(config.model, **overrides)
-    loaded = load_weights(model, checkpoint.read(MODEL_FILE))
+    loaded = load_weights(model, checkpoint.read(file))
     content = _encode(model, config, out, format)
     storage.write_atomic(out, content.data)
     return ExportReport(
@@ -82,7 +91,7 @@ def export_run(
         out=storage.absolute(out),
         bytes=len(content.data),
         image_size=model.config.image_size,
-        holds=content.holds,
+        holds=content.holds + (", averaged over training" if file == EMA_FILE else ""),
         interpolated=loaded.interpolated,
         notes=content.notes,
     )

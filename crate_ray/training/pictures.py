@@ -39,7 +39,8 @@ from crate_ray.evaluation.whitebox import LayerMeasures, measure_layers
 from crate_ray.models import Classifier, MaskedAutoencoder
 from crate_ray.models.patches import patchify
 from crate_ray.runs import RunFolder
-from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint
+from crate_ray.training.checkpoint import Checkpoint
+from crate_ray.training.ema import weights_file
 from crate_ray.training.emergence import Emergence, emergence_panels, record_emergence
 from crate_ray.training.evaluate import read_images, spread_ids
 from crate_ray.training.objective import Normalise
@@ -96,7 +97,7 @@ class _Subject:
         config = folder.read_config()
         assert config.data.eval is not None
         trained, control = untrained(config).eval(), untrained(config).eval()
-        trained.load_state_dict(checkpoint.read(MODEL_FILE))
+        trained.load_state_dict(checkpoint.read(weights_file(config, checkpoint)))
         if not all(weight.isfinite().all() for weight in trained.parameters()):
             raise ConfigError(f"run '{folder.name}' diverged: its weights hold NaN or infinity, so there is nothing to picture")
         ids_A = spread_ids(load_index(config.data.eval).num_samples, NUM_IMAGES)

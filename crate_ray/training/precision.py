@@ -53,7 +53,13 @@ def can_compile(device: torch.device) -> bool:
 
 
 def make_deterministic(config: RunConfig) -> None:
-    """Seeds torch, and asks for deterministic kernels where the recipe wants them."""
+    """Seeds torch, and asks for kernels whose sums have one order where the run wants them, and only there.
+
+    On a GPU cuBLAS reads its workspace setting when it is first used in a process, and cuDNN must not race its kernels.
+    """
     torch.manual_seed(config.train.seed)
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
+    wanted = config.train.deterministic
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False

@@ -27,7 +27,8 @@ from crate_ray.evaluation.probes import (
 )
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model
 from crate_ray.runs import RunFolder, is_finished, later_records
-from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, latest_checkpoint
+from crate_ray.training.checkpoint import Checkpoint, latest_checkpoint
+from crate_ray.training.ema import EMA_FILE, weights_file
 from crate_ray.training.evaluate import encode_images, measure_images, read_images
 from crate_ray.training.loop import write_final
 from crate_ray.training.objective import create_objective
@@ -55,10 +56,15 @@ class Verdict:
     gain: Interval
 
 
-def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, Any]:
+def probe_run(folder: RunFolder, *, split: Split = "validation", use_ema: bool | None = None) -> dict[str, Any]:
     """Judges the last checkpoint of a finished run, and records the result in its folder; once.
 
-    A verdict on validation never replaces one on test in the run's final values.
+    A verdict on validation never replaces one on test in the run's final values. One on other weights replaces the one before.
+
+    Args:
+        folder: The run's.
+        split: Judged on.
+        use_ema: The average of the weights, or not; None as the run's evaluation does, `eval.use_ema`.
 
     Returns:
         The content of probe_<split>.json; read from there when this checkpoint was judged before.
@@ -70,18 +76,20 @@ def probe_run(folder: RunFolder, *, split: Split = "validation") -> dict[str, An
     checkpoint = finished_checkpoint(folder)
     protocol = _PROTOCOLS[config.task]
     held = folder.read_json(f"probe_{split}.json")
-    if held is not None and (held["step"], held["protocol"]) == (checkpoint.step, protocol):
+    is_ema = weights_file(config, checkpoint, use_ema=use_ema) == EMA_FILE
+    if held is not None and (held["step"], held["protocol"], held.get("ema", False)) == (checkpoint.step, protocol, is_ema):
         return held
     if config.task == "classify":
-        top1 = judge_classifier(config, checkpoint, split=split)
+        top1 = judge_classifier(config, checkpoint, split=split, use_ema=use_ema)
         body = {"values": {"final/top1": top1.value}, "top1": _triple(top1)}
     else:
         reason = without_labels(config, split=split)
         if reason is not None:
             raise ConfigError(f"run '{folder.name}': a probe needs labelled images, and {reason}")
-        verdict = judge_encoder(config, checkpoint, split=split)
+        verdict = judge_encoder(config, checkpoint, split=split, use_ema=use_ema)
         body = {"values": final_values(verdict), **_intervals(verdict)}
-    return _record(folder, {"split": split, "task": config.task, "protocol": protocol, "step": checkpoint.step, **body})
+    head = {"split": split, "task": config.task, "protocol": protocol, "step": checkpoint.step, "ema": is_ema}
+    return _record(folder, {**head, **body})
 
 
 def finished_checkpoint(folder: RunFolder) -> Checkpoint:
@@ -124,22 +132,22 @@ def _unlabelled(name: str, source: Source) -> str | None:
     return f"{name}: {missing:,} of {len(labels):,} images have no label" if missing else None
 
 
-def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
-    """Judges a checkpoint and the untrained encoder of the same seed."""
+def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split, use_ema: bool | None = None) -> Verdict:
+    """Judges a checkpoint and the untrained encoder of the same seed; weights as in `probe_run`."""
     require_scikit_learn()
     model = untrained(config)
     control = _judge(model, config, split)
-    model.load_state_dict(checkpoint.read(MODEL_FILE))
+    model.load_state_dict(checkpoint.read(weights_file(config, checkpoint, use_ema=use_ema)))
     trained = _judge(model, config, split)
     sources = load_index(_url(config, split)).sources
     gain = paired_gain(trained.mean_token.correct_Q, control.mean_token.correct_Q, sources)
     return Verdict(split, trained, control, gain)
 
 
-def judge_classifier(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Interval:
-    """Top-1 of a checkpoint's classifier on a split."""
+def judge_classifier(config: RunConfig, checkpoint: Checkpoint, *, split: Split, use_ema: bool | None = None) -> Interval:
+    """Top-1 of a checkpoint's classifier on a split; weights as in `probe_run`."""
     model = untrained(config)
-    model.load_state_dict(checkpoint.read(MODEL_FILE))
+    model.load_state_dict(checkpoint.read(weights_file(config, checkpoint, use_ema=use_ema)))
     objective = create_objective(model, config)
     precision = resolve_precision(config.train.precision, next(model.parameters()).device.type)
     url = _url(config, split)

@@ -34,6 +34,20 @@ def cooldown_start(config: RunConfig, num_samples: int) -> int | None:
     return max(warmup_steps(config, num_samples), total - max(1, round(fraction * total)))
 
 
+def describe_rate(config: RunConfig, num_samples: int) -> str:
+    """In a sentence: the peak, which rule made it, and the course of the rate."""
+    optimizer, schedule, batch = config.optimizer, config.schedule, config.train.global_batch
+    rule = "optimizer.lr, absolute: the batch does not scale it"
+    if optimizer.base_lr is not None:
+        rule = f"the linear scaling rule: optimizer.base_lr {optimizer.base_lr:g} x train.global_batch {batch} / 256"
+    total, start = total_steps(config, num_samples), cooldown_start(config, num_samples)
+    course = f"a half cosine to step {total:,}" if start is None else f"held to step {start:,}, a linear cooldown to {total:,}"
+    return (
+        f"learning rate {optimizer.peak_lr(batch):g} at its peak by {rule}; warm-up over {warmup_steps(config, num_samples):,} "
+        f"steps, then {course}, ending at {schedule.final_lr_fraction:g} of the peak; {optimizer.name or 'adamw'}"
+    )
+
+
 def learning_rate(
     step: int, *, total: int, warmup: int, peak: float, final_fraction: float = 0.0, cooldown: int | None = None
 ) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from crate_ray.config import RunConfig
-from crate_ray.training.schedule import cooldown_start, learning_rate, total_steps, warmup_steps
+from crate_ray.training.schedule import cooldown_start, describe_rate, learning_rate, total_steps, warmup_steps
 
 
 def rates(total: int, warmup: int, peak: float, final: float) -> list[float]:
@@ -77,3 +77,22 @@ def test_before_its_cooldown_the_rate_does_not_depend_on_the_length_of_the_run()
 )
 def test_the_cooldown_is_the_last_share_of_the_updates(overrides: list[str], start: int | None) -> None:
     assert cooldown_start(RunConfig.load("digits_mae", overrides), 1000) == start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["optimizer.lr=null", "optimizer.base_lr=1.5e-4", "train.global_batch=512", "schedule.warmup_steps=40"],
+            "learning rate 0.0003 at its peak by the linear scaling rule: optimizer.base_lr 0.00015 x train.global_batch "
+            "512 / 256; warm-up over 40 steps, then a half cosine to step 2,000, ending at 0 of the peak; adamw",
+        ),
+        (
+            ["optimizer.lr=1e-3", "optimizer.name=lion", "schedule.cooldown_fraction=0.25", "schedule.final_lr_fraction=0.1"],
+            "learning rate 0.001 at its peak by optimizer.lr, absolute: the batch does not scale it; warm-up over 50 steps, "
+            "then held to step 1,500, a linear cooldown to 2,000, ending at 0.1 of the peak; lion",
+        ),
+    ],
+)
+def test_the_rule_of_the_rate_is_said_in_a_sentence(overrides: list[str], expected: str) -> None:
+    assert describe_rate(RunConfig.load("digits_mae", ["train.steps=2000", *overrides]), 1000) == expected
