@@ -131,6 +131,8 @@ def _hours(config: RunConfig, device: str, precision: str, images: int, *, mfu: 
 def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
     """Bytes of one worker: on its device, and beside Python and torch on its host.
 
+    Sharded state is divided by the fewest workers; with hybrid_shard, where it depends on the nodes, it is counted whole.
+
     Args:
         config: Of the run.
         rows: Images a step of one worker.
@@ -140,7 +142,7 @@ def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
 
     model, scale, keeps_ema = config.model, config.scale, config.train.ema is not None
     at_once = min(config.train.micro_batch or rows, rows)
-    shards = scale.min_workers if scale.parallel == "fsdp" else 1
+    shards = scale.min_workers if scale.parallel == "fsdp" and not scale.hybrid_shard else 1
     state = memory.training_state_bytes(model, optimizer=config.optimizer.name, ema=keeps_ema) // shards
     product: memory.Precision = "bfloat16" if precision == "bfloat16" else "float32"
     activations = at_once * memory.activation_bytes(model, precision=product, recompute=scale.activation_checkpointing)

@@ -121,7 +121,7 @@ def _hours_line(config: RunConfig, facts: Facts) -> str:
     if facts["hours"] is None:
         return f"hours not known: no peak of a {facts['device']} is; give one worker's TFLOP/s: --set scale.peak_tflops=NUMBER"
     return (
-        f"{facts['hours']:,g} h at an MFU of {facts['mfu']:.0%} of {facts['peak_tflops']:g} TFLOP/s on "
+        f"{facts['hours']:,.3g} h at an MFU of {facts['mfu']:.0%} of {facts['peak_tflops']:g} TFLOP/s on "
         f"{plural(config.scale.max_workers, 'worker')}; evaluation and waits not counted"
     )
 

@@ -40,14 +40,16 @@ def test_one_two_and_three_workers_agree_in_loss(overrides: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_finished_run_started_again_gives_its_result_without_work(overrides: list[str]) -> None:
+def test_a_finished_run_started_again_gives_its_result_without_work_and_a_trace_is_beside_it(overrides: list[str]) -> None:
     from crate_ray.launch.train import launch_training
+    from crate_ray.training.profiling import ProfiledSteps
 
     config = RunConfig.load("digits_mae", [*overrides, "model.decoder_width=32", "model.decoder_num_heads=2", "train.steps=3"])
-    first = launch_training(config)
+    first = launch_training(config, profiled=ProfiledSteps(2, 3))
     started = time.monotonic()
     second = launch_training(config)
     assert (first.state, second.state, second.was_finished) == ("FINISHED", "FINISHED", True)
+    assert Path(first.folder.uri, "profile", "steps_2-3.json.gz").stat().st_size > 0
     assert time.monotonic() - started < 5
     assert first.folder.uri == second.folder.uri
 
@@ -92,7 +94,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on_as_if_nothing
         assert resumed[step] == pytest.approx(undisturbed[step], rel=WORKER_COUNT_TOLERANCE), step
 
 
-def undisturbed_losses(overrides: list[str], steps: int, *, total: int = 400) -> dict[int, float]:
+def undisturbed_losses(overrides: list[str], steps: int, *, total: int = 400, name: str = "undisturbed") -> dict[int, float]:
     """The same run in this process, without Ray and without a stop, for its first steps."""
     from crate_ray.training.loop import LocalContext, run_training
     from crate_ray.training.prepare import prepare_run
@@ -102,7 +104,7 @@ def undisturbed_losses(overrides: list[str], steps: int, *, total: int = 400) ->
             if step >= steps:
                 self.stop()
 
-    more = [f"train.steps={total}", "name=undisturbed", "scale.num_workers=1"]
+    more = [f"train.steps={total}", f"name={name}", "scale.num_workers=1"]
     config, folder = prepare_run(RunConfig.load("digits_crate_mae", [*overrides, *more]), device_type="cpu")
     run_training(config, folder, StopAt())
     return losses_of(folder)
@@ -131,6 +133,28 @@ def test_a_run_that_another_live_driver_holds_is_refused(overrides: list[str]) -
     with pytest.raises(ConfigError, match="held by another live driver"):
         launch_training(config)
     lease.end("FAILED", "given up by the test")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_what_no_restart_can_cure_fails_at_once_in_one_sentence(overrides: list[str]) -> None:
+    from crate_ray.launch.train import launch_training
+
+    undisturbed_losses(overrides, 5, name="damaged")
+    config = RunConfig.load("digits_crate_mae", [*overrides, "train.steps=400", "name=damaged", "scale.num_workers=2"])
+    weights = next(Path(config.storage.path).glob("damaged/checkpoints/*/model.safetensors"))
+    body = bytearray(weights.read_bytes())
+    body[-1] ^= 1
+    weights.write_bytes(body)
+
+    outcome = launch_training(config)
+    assert outcome.state == "FAILED"
+    assert outcome.reason is not None
+    assert "model.safetensors" in outcome.reason
+    assert "\n" not in outcome.reason
+    status = read_status(outcome.folder)
+    assert status is not None
+    assert (status.state, status.reason) == ("FAILED", outcome.reason)
 
 
 @pytest.mark.usefixtures("cluster")
