@@ -107,10 +107,19 @@ class CheckpointSaver:
         device: Where ranks meet.
         sink: Its records are in the store before a manifest that counts them.
         attempt: Start of the run.
+        restored: Step of the checkpoint that this attempt goes on from.
     """
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, *, ranks: Ranks, device: torch.device, sink: MetricSink, attempt: int
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        sink: MetricSink,
+        attempt: int,
+        restored: int | None = None,
     ) -> None:
         self._config, self._folder, self._ranks, self._device = config, folder, ranks, device
         self._sink, self._attempt = sink, attempt
@@ -119,6 +128,7 @@ class CheckpointSaver:
         self._write: _Write | None = None
         self._number = 0
         self._failures = 0
+        self._newest = restored
         self._finished: list[int] = []
         self._saved_at = time.monotonic()
         self._sign = -1 if LARGER_IS_BETTER[config.best_metric] else 1
@@ -267,7 +277,7 @@ class CheckpointSaver:
     def _end(self, write: _Write, *, is_whole: bool, is_last: bool = False) -> None:
         self._write = None
         if is_whole:
-            self._failures = 0
+            self._failures, self._newest = 0, write.step
             self._finished.append(write.step)
             return
         self._failures += 1
@@ -289,8 +299,9 @@ class CheckpointSaver:
 
     def _verdict(self, step: int, reason: str, *, is_last: bool) -> str:
         count = "the last checkpoint" if is_last else f"{MAX_FAILURES} checkpoints in a row"
-        whole = list_checkpoints(self._folder)
-        place = f"goes on from step {whole[-1].step} ({whole[-1].uri})" if whole else "starts from the beginning"
+        place = "starts from the beginning"
+        if self._newest is not None:
+            place = f"goes on from step {self._newest}, {checkpoint_uri(self._folder, self._newest)}"
         return f"{count}, up to step {step}, could not be written: {reason}. Started again, the run {place}"
 
     def _write_part(
@@ -304,6 +315,8 @@ class CheckpointSaver:
         self._host.wait()
         pieces = {name: file_pieces(tensors, metadata[name]) for name, tensors in copies.items()}
         uri = checkpoint_uri(self._folder, write.step)
+        if self._ranks.rank == 0:
+            self._prune(writing=write.step)  # what an earlier one that failed has left takes room that this one may need
         needed = sum(len(piece) for file in pieces.values() for piece in file)
         with explained(self._config, self._folder, needed=needed):
             if self._ranks.rank == 0:
@@ -359,6 +372,9 @@ class CheckpointSaver:
             configuration=saved_configuration(self._config),
             attempt=self._attempt,
         )
+        self._prune()
+
+    def _prune(self, *, writing: int | None = None) -> None:
         keep = self._config.checkpoint
         try:
             prune_checkpoints(
@@ -366,6 +382,7 @@ class CheckpointSaver:
                 keep_last=keep.keep_last,
                 keep_best=keep.keep_best or 0,
                 best_metric=self._config.best_metric,
+                writing=writing,
             )
         except OSError as error:
             log.warning("old checkpoints of %s were not deleted: %s", self._folder.uri, error)
