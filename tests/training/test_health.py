@@ -1,6 +1,7 @@
 """Steps without a finite loss: skipped, rolled back from, and named by layer; the path repeats after a crash."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from statistics import median
 import pytest
 import torch
 from bad_batches import without_numbers
+from ranks import Group, values
 from saved_checkpoints import save_checkpoint
 from torch import Tensor, nn
 
 from crate_ray.config import RunConfig
-from crate_ray.runs import RunFolder, read_interventions, read_records
+from crate_ray.data import BatchReader
+from crate_ray.runs import RunFolder, read_interventions
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
 from crate_ray.training.health import Spikes, TrainingDivergedError
 from crate_ray.training.loop import LocalContext, LoopResult, run_training
@@ -31,6 +34,7 @@ ROLLING_BACK = (
     "checkpoint.keep_last=9",
     "eval.every_steps=5",
     "train.steps=10",
+    "train.ema=0.9",
     "data.num_loaders=0",
 )
 
@@ -53,14 +57,10 @@ class DyingContext(LocalContext):
                 raise KeyboardInterrupt
 
 
-def values(folder: RunFolder, key: str) -> dict[int, float]:
-    return {record.step: record.values[key] for record in read_records(folder) if key in record.values}
-
-
 def tensors(folder: RunFolder, step: int | None = None) -> dict[str, Tensor]:
-    """Model and optimizer of a checkpoint, the newest by default."""
+    """All tensors of a checkpoint, the newest by default: model, optimizer and, where there is one, average."""
     checkpoint = next(c for c in reversed(list_checkpoints(folder)) if step in (None, c.step))
-    return {**checkpoint.read(MODEL_FILE), **checkpoint.read(OPTIMIZER_FILE)}
+    return {f"{file}/{name}": tensor for file in checkpoint.files for name, tensor in checkpoint.read(file).items()}
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -70,7 +70,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def test_a_bad_batch_leaves_weights_and_moments_as_they_are_and_is_counted(load_tiny: LoadTiny, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    config = load_tiny("checkpoint.every_steps=1", "checkpoint.keep_last=99", "train.steps=8")
+    config = load_tiny("checkpoint.every_steps=1", "checkpoint.keep_last=99", "train.steps=8", "train.ema=0.9")
     assert run_training(config, folder, LocalContext(), open_batches=without_numbers({4 * BATCH})) == LoopResult("FINISHED", 8)
     assert 5 not in [c.step for c in list_checkpoints(folder)], "weights wait for a step that shows that they give numbers"
     steps = values(folder, "train/skipped_steps")
@@ -81,7 +81,7 @@ def test_a_bad_batch_leaves_weights_and_moments_as_they_are_and_is_counted(load_
     # The same run up to step 5, and stopped there: its weights are those of step 4, and the step counts.
     stopped = RunFolder(str(tmp_path / "stopped"))
     run_training(
-        load_tiny("checkpoint.every_steps=4", "train.steps=8", "checkpoint.keep_last=99"),
+        load_tiny("checkpoint.every_steps=4", "train.steps=8", "checkpoint.keep_last=99", "train.ema=0.9"),
         stopped,
         StoppedAt(5),
         open_batches=without_numbers({4 * BATCH}),
@@ -89,7 +89,9 @@ def test_a_bad_batch_leaves_weights_and_moments_as_they_are_and_is_counted(load_
     assert [c.step for c in list_checkpoints(stopped)] == [4, 5]
     assert_equal(tensors(stopped, 4), tensors(stopped, 5))
     assert latest_checkpoint(stopped).cursor == 5 * BATCH  # type: ignore[union-attr]
-    run_training(load_tiny("train.steps=8"), stopped, LocalContext(2), open_batches=without_numbers({4 * BATCH}))
+    run_training(
+        load_tiny("train.steps=8", "train.ema=0.9"), stopped, LocalContext(2), open_batches=without_numbers({4 * BATCH})
+    )
     assert_equal(tensors(stopped), tensors(folder))
 
 
@@ -223,6 +225,36 @@ def test_a_validation_loss_that_is_no_number_between_skipped_steps_ends_the_wait
     )
     with pytest.raises(TrainingDivergedError, match=r"at step 2; .* 2 step\(s\) in a row"):
         run_training(config, folder, LocalContext())
+
+
+def bad_on_rank_1(source: object, **named: object) -> BatchReader:
+    """At module level, so that a new process finds it."""
+    return without_numbers(BAD, on_rank=1)(source, **named)
+
+
+def die_after_the_rollback(rank: int, step: int) -> None:
+    """The first time that step 8 is over it was no skipped one."""
+    if (rank, step) == (1, 8):
+        os._exit(9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_roll_back_alike_and_repeat_it_after_a_crash(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    config = load_tiny(*ROLLING_BACK, "scale.num_workers=2")
+    alone, whole, parts = (RunFolder(str(tmp_path / name)) for name in ("alone", "whole", "parts"))
+    run_training(config, alone, LocalContext(), open_batches=without_numbers(BAD))
+    assert Group(config, whole.uri, open_batches=bad_on_rank_1).run() == [0, 0]
+    (ours,), (theirs,) = read_interventions(whole), read_interventions(alone)
+    assert ours.finding == f"{theirs.finding} (rank 1)"
+    assert (ours.from_step, ours.pass_over) == (theirs.from_step, theirs.pass_over)
+    # float32: the same sums in another order, through ten updates of AdamW.
+    assert values(whole, "train/loss") == pytest.approx(values(alone, "train/loss"), rel=1e-5)
+
+    assert Group(config, parts.uri, at_step=die_after_the_rollback, open_batches=bad_on_rank_1).run()[1] == 9
+    assert Group(config, parts.uri, attempt=2, open_batches=bad_on_rank_1).run() == [0, 0]
+    assert values(parts, "train/loss") == values(whole, "train/loss")
+    assert_equal(tensors(parts), tensors(whole))
 
 
 class Reciprocal(nn.Module):
