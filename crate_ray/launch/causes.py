@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from crate_ray.config import ConfigError
 from crate_ray.training.health import TrainingDivergedError
 from crate_ray.training.memory import OutOfMemory
+from crate_ray.training.saving import CheckpointError
 
 
 class WorkersPausedError(RuntimeError):
@@ -37,7 +38,7 @@ class Cure(Enum):
     """Whatever starts again fails again."""
 
 
-_HOPELESS = (ConfigError, TrainingDivergedError)
+_HOPELESS = (CheckpointError, ConfigError, TrainingDivergedError)
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "ProcessGroup")
 _START = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError, RayActorError)
 
@@ -68,10 +69,18 @@ def sentence_of(error: BaseException) -> str:
     Args:
         error: What `fit()` raised.
     """
+    if isinstance(error, ControllerError):
+        return _told_of_start(error.controller_failure)
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
-        return _last_line(error.controller_failure if isinstance(error, ControllerError) else error)
+        return _last_line(error)
     rank, cause = min(error.worker_failures.items(), key=lambda item: (_distance(item[1]), item[0]))
     return f"rank {rank}: {_told(cause)}"
+
+
+def _told_of_start(failure: BaseException) -> str:
+    if isinstance(failure, WorkerGroupStartupTimeoutError):
+        return f"the cluster has no room for {failure.num_workers} workers; `ray status` shows what it has"
+    return _last_line(failure)
 
 
 def _distance(cause: BaseException) -> int:
@@ -89,8 +98,6 @@ def _told(cause: BaseException) -> str:
         return _last_line(cause)
     if isinstance(death, WorkerKilledForMemory):
         return "Ray ended the process, because its node ran out of memory"
-    if "node" in str(death).lower() and "died" in str(death).lower() and "NODE_DIED" in str(death):
-        return "its node was lost"
     return "the process died (killed, or out of memory; its node's kernel log knows more)"
 
 
@@ -107,5 +114,8 @@ def _is_preempted(cause: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
+    """Where messages of libraries say what matters; ours are whole."""
+    if isinstance(error, ConfigError):
+        return " ".join(str(error).split())
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

@@ -40,11 +40,12 @@ class RestartPolicy(FailurePolicy):
     Args:
         failure_config: Its max_failures bounds the count.
         newest_step: Of the run's checkpoints, the measure of progress; -1 before the first.
+        is_stopping: Whether the run is to stop: then nothing starts again.
     """
 
-    def __init__(self, failure_config: FailureConfig, newest_step: Callable[[], int]) -> None:
+    def __init__(self, failure_config: FailureConfig, newest_step: Callable[[], int], is_stopping: Callable[[], bool]) -> None:
         super().__init__(failure_config)
-        self._newest_step = newest_step
+        self._newest_step, self._is_stopping = newest_step, is_stopping
         self._failures = self._starts = 0
         self._step = -1
 
@@ -57,7 +58,8 @@ class RestartPolicy(FailurePolicy):
             free_groups_of(str(ray.get_runtime_context().get_actor_id()))  # left over where a worker died as it started
         elif cure is Cure.RESTART:
             self._failures += 1
-        is_over = cure is Cure.NONE or self._failures > self.failure_config.max_failures or self._starts > MAX_STARTS
+        is_over = self._failures > self.failure_config.max_failures or self._starts > MAX_STARTS
+        is_over = cure is Cure.NONE or is_over or self._is_stopping()
         log.warning("%s: %s", "no further start" if is_over else "the workers start again", sentence_of(training_failed_error))
         return FailureDecision.RAISE if is_over else FailureDecision.RETRY
 
@@ -70,6 +72,18 @@ class RestartPolicy(FailurePolicy):
         if step > self._step:
             self._step = step
             self._failures = self._starts = 0
+
+
+def stop_wished(line: Any) -> bool:
+    """Whether the driver wants the run to stop, or is gone.
+
+    Args:
+        line: A RunLine.
+    """
+    try:
+        return bool(ray.get(line.wish.remote(), timeout=LOOK_S)[0])
+    except ray.exceptions.RayError:
+        return True
 
 
 def newest_step(folder: str) -> int:
@@ -101,6 +115,8 @@ class ElasticPolicy(ElasticScalingPolicy):
         self._asked = None
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
+            if stop_wished(self._line):
+                raise RuntimeError(f"stopped while it waited for room for {self.scaling_config.min_workers} workers")
             time.sleep(WAIT_S)  # the controller asks again at once, for as long as there is no room
         return decision
 

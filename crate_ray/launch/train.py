@@ -140,6 +140,8 @@ def _follow(
             fit.abort()
             return "KILLED", f"{signals.name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
     state, reason = fit.end()
+    if fit.error is not None and signals.received is not None:
+        return "KILLED", f"{signals.name}; no checkpoint was written, the run goes on from the one before ({reason})"
     if state == "KILLED":
         cause = signals.name if signals.received is not None else "the workers lost the driver"
         reason = f"{cause}; a checkpoint was written"
@@ -292,7 +294,7 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     from ray.train.v2.api.config import RunConfig as RayRunConfig
 
     from crate_ray.launch.controller import ControllerHandle
-    from crate_ray.launch.policies import ElasticPolicy, PolicedTrainer, RestartPolicy, newest_step
+    from crate_ray.launch.policies import ElasticPolicy, PolicedTrainer, RestartPolicy, newest_step, stop_wished
 
     store, path = storage.open_store(folder.uri)
     scale = config.scale
@@ -306,7 +308,7 @@ def _trainer(config: RunConfig, folder: RunFolder, worker: Callable[..., Any], p
     grace_s = config.checkpoint.stop_grace_s
     return PolicedTrainer(
         worker,
-        failure_policy=RestartPolicy(failure, partial(newest_step, folder.uri)),
+        failure_policy=RestartPolicy(failure, partial(newest_step, folder.uri), partial(stop_wished, payload["line"])),
         scaling_policy=ElasticPolicy(scaling, payload["line"], grace_s) if scale.is_elastic else None,
         train_loop_config=payload,
         scaling_config=scaling,

@@ -53,6 +53,11 @@ def test_a_failure_is_met_by_what_can_cure_it(error: Exception, cure: Cure) -> N
         (of_ranks(PEER, PEER), f"rank 0: {PEER}"),
         (ControllerError(ValueError("a fault of ours")), "a fault of ours"),
         (RuntimeError(), "RuntimeError"),
+        (of_ranks(ConfigError("invalid:\n  a: no\n  b: no")), "rank 0: invalid: a: no b: no"),
+        (
+            ControllerError(WorkerGroupStartupTimeoutError(2)),
+            "the cluster has no room for 2 workers; `ray status` shows what it has",
+        ),
     ],
 )
 def test_the_rank_that_failed_first_is_quoted_and_not_those_that_lost_it(error: Exception, sentence: str) -> None:
@@ -61,7 +66,7 @@ def test_the_rank_that_failed_first_is_quoted_and_not_those_that_lost_it(error: 
 
 def test_failures_are_counted_in_a_row_and_forgiven_by_a_checkpoint() -> None:
     newest = [-1]
-    policy = RestartPolicy(FailureConfig(max_failures=2), lambda: newest[0])
+    policy = RestartPolicy(FailureConfig(max_failures=2), lambda: newest[0], lambda: False)
     retry, end = FailureDecision.RETRY, FailureDecision.RAISE
     died, paused = of_ranks(DEATH, PEER), of_ranks(WorkersPausedError("resize"))
     assert [policy.make_decision(died) for _ in range(2)] == [retry, retry]
@@ -71,7 +76,7 @@ def test_failures_are_counted_in_a_row_and_forgiven_by_a_checkpoint() -> None:
 
 
 def test_what_cannot_be_cured_ends_the_run_at_once() -> None:
-    policy = RestartPolicy(FailureConfig(max_failures=9), lambda: -1)
+    policy = RestartPolicy(FailureConfig(max_failures=9), lambda: -1, lambda: False)
     assert policy.make_decision(of_ranks(ConfigError("no such data"))) is FailureDecision.RAISE
 
 
@@ -79,6 +84,11 @@ def test_a_store_that_refuses_does_not_decide_about_a_run() -> None:
     def refuse() -> int:
         raise OSError("503")
 
-    policy = RestartPolicy(FailureConfig(max_failures=1), refuse)
+    policy = RestartPolicy(FailureConfig(max_failures=1), refuse, lambda: False)
     assert policy.make_decision(of_ranks(DEATH)) is FailureDecision.RETRY
+    assert policy.make_decision(of_ranks(DEATH)) is FailureDecision.RAISE
+
+
+def test_nothing_starts_again_once_the_run_is_to_stop() -> None:
+    policy = RestartPolicy(FailureConfig(max_failures=9), lambda: -1, lambda: True)
     assert policy.make_decision(of_ranks(DEATH)) is FailureDecision.RAISE

@@ -60,7 +60,7 @@ def check_losses(folder: RunFolder, overrides: list[str]) -> None:
     measured = losses_of(folder)
     steps = max(measured)
     assert sorted(measured) == list(range(1, steps + 1))
-    expected = undisturbed_losses(overrides, steps, total=TOTAL)
+    expected = undisturbed_losses([*overrides, *LONG], steps, total=TOTAL)
     for step in range(1, steps + 1):
         assert measured[step] == pytest.approx(expected[step], rel=WORKER_COUNT_TOLERANCE), step
 

@@ -11,6 +11,7 @@ from faults import LONG, check_losses, stop, wait_for, wait_until_training_goes_
 from nodes import HEALTH, Nodes
 from test_train_on_ray import arguments, losses_of, wait_for_step
 
+from crate_ray.runs import read_status
 from crate_ray.training.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -70,3 +71,24 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_one_comes_back(
     assert num_workers(cluster) == 2
     stop(driver, folder)
     check_losses(folder, overrides)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_waits_for_a_node_can_be_stopped(
+    start_nodes: Callable[..., Nodes], start_driver: Callable[..., Any], overrides: list[str], tmp_path: Path
+) -> None:
+    cluster = start_nodes(1, HEALTH)
+    lost = cluster.add(1)
+    more = [*LONG, "scale.num_workers={min: 2, max: 3}", "checkpoint.every_steps=25"]
+    driver = start_driver("train", "digits_crate_mae", *arguments(overrides, *more), environment=cluster.environment)
+    folder = wait_for_step(tmp_path / "out", 30, driver)
+    lost.send(signal.SIGKILL)
+    wait_for(lambda: not cluster.head.workers(), "end of the workers")
+    stopped = time.time()
+    driver.process.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 143, driver.output()
+    print(f"\nstopped while it waited: {time.time() - stopped:.1f} s")
+    status = read_status(folder)
+    assert status is not None
+    assert status.state == "KILLED"
+    assert "room for 2 workers" in str(status.reason)

@@ -62,6 +62,7 @@ def test_after_a_killed_driver_its_workers_end_and_the_same_command_goes_on(
     assert len(orphans) == 2
     killed = time.time()
     driver.process.kill()
+    driver.wait(10)
     _, alive = psutil.wait_procs(orphans, timeout=60)
     assert not alive, "workers outlived their driver"
     print(f"\ndriver killed: its workers ended after {time.time() - killed:.1f} s")
@@ -94,6 +95,7 @@ def test_workers_that_outlive_the_head_write_nothing_into_the_run_of_the_next_dr
     restarted = start_nodes(2, HEALTH)
     lost.head.send(signal.SIGKILL)
     driver.process.kill()
+    driver.wait(10)
 
     started = time.time()
     again = start_driver(*command, environment=restarted.environment)
