@@ -6,12 +6,14 @@ import typer
 
 from crate_ray.cli.arguments import Json, Set
 from crate_ray.cli.output import print_json
-from crate_ray.config import RunConfig, recipe_names
+from crate_ray.config import ConfigError, RunConfig, recipe_names
 from crate_ray.runs import encode_number
 
 if TYPE_CHECKING:
     from crate_ray.launch.train import RunOutcome
     from crate_ray.training.profiling import ProfiledSteps
+
+DEFAULT_MFU = 0.4
 
 
 def train(
@@ -21,8 +23,14 @@ def train(
         bool, typer.Option("--dry-run", help="Print what would run, check the data and the name, start nothing.")
     ] = False,
     mfu: Annotated[
-        float, typer.Option("--mfu", min=0.01, max=1.0, help="With --dry-run: share of the peak to reckon hours with.")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            "--mfu",
+            min=0.01,
+            max=1.0,
+            help=f"With --dry-run: share of the peak to reckon hours with; {DEFAULT_MFU} by default.",
+        ),
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option("--profile", metavar="A:B", help="Trace steps A to B with torch's profiler, into the run's profile/."),
@@ -35,8 +43,10 @@ def train(
     if dry_run:
         from crate_ray.cli import dry_run as plan
 
-        plan.dry_run(config, mfu=mfu, as_json=as_json)
+        plan.dry_run(config, mfu=DEFAULT_MFU if mfu is None else mfu, as_json=as_json)
         return
+    if mfu is not None:
+        raise ConfigError("--mfu only reckons the hours of --dry-run; leave it out, or add --dry-run")
     from crate_ray.cli.run_summary import print_summary, summarise
     from crate_ray.cli.study import Study
 

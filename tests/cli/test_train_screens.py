@@ -202,6 +202,13 @@ def test_a_cluster_that_does_not_answer_is_found_without_starting_one(
     assert "RAY_ADDRESS = 127.0.0.1:1 does not answer" in " ".join(outcome.out.split())
 
 
+def test_a_share_of_the_peak_without_a_dry_run_is_refused_not_ignored(invoke, digits: Path, tmp_path: Path) -> None:
+    outcome = invoke("train", "digits_crate_mae", *options(digits, tmp_path / "out"), "--mfu", "0.5")
+    assert outcome.code == 2
+    assert "add --dry-run" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
