@@ -200,7 +200,7 @@ class Sharded(Parallel):
         places = dict(model.named_parameters())
         state = {}
         for key, (shape, dtype) in describe(checkpoint, name).items():
-            place = places.get(key, places.get(key.split(".", 1)[1]))
+            place = places.get(key, places.get(key.partition(".")[2]))
             if place is not None and place.shape == shape:
                 state[key] = torch.empty_like(place, dtype=dtype, requires_grad=False)
             else:

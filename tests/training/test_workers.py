@@ -1,17 +1,13 @@
 """1, 2 or 3 workers that share the global batch train the same run, and stop at the same step."""
 
 import json
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessContext, start_processes
+from gloo_ranks import GlooContext, run_ranks
 
 from crate_ray.config import RunConfig
 from crate_ray.data import open_reader
@@ -20,59 +16,15 @@ from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 from crate_ray.training.loop import LocalContext, run_training
 
 LoadTiny = Callable[..., RunConfig]
-TIMEOUT_S = 100
 GLOBAL_BATCH = 7  # shared by 2 or 3 workers, the last rows of some of them are padding
 
 
-@dataclass
-class GlooContext:
-    """One of several processes on this machine."""
-
-    rank: int
-    world_size: int
-    stop_after: int | None = None
-    attempt: int = 1
-    local_rank: int = 0
-    step: int = 0
-
-    def stop_requested(self) -> bool:
-        return self.step == self.stop_after
-
-    def checkpoint_written(self, step: int, uri: str) -> None:
-        dist.barrier()
-
-    def heartbeat(self, step: int) -> None:
-        self.step = step
-
-    def evaluated(self, step: int, values: Mapping[str, float]) -> None: ...
-
-
-def work(rank: int, world_size: int, config: dict[str, Any], out: str) -> None:
+def work(rank: int, world_size: int, config: RunConfig, out: str) -> None:
     """Trains one run to its end, then one that only the last rank wants to stop after step 4."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world_size)
-    parsed = RunConfig.parse(config)
-    run_training(parsed, RunFolder(f"{out}/whole"), GlooContext(rank, world_size))
+    run_training(config, RunFolder(f"{out}/whole"), GlooContext(rank, world_size))
     stop_after = 4 if rank == world_size - 1 else None
-    result = run_training(parsed, RunFolder(f"{out}/stopped"), GlooContext(rank, world_size, stop_after))
+    result = run_training(config, RunFolder(f"{out}/stopped"), GlooContext(rank, world_size, stop_after))
     Path(out, f"result-{rank}.json").write_text(json.dumps([result.state, result.step]))
-    dist.destroy_process_group()
-
-
-def run_processes(world_size: int, config: RunConfig, out: Path) -> None:
-    """Starts the workers and ends them, whatever happens, after TIMEOUT_S."""
-    out.mkdir()
-    arguments = (world_size, config.model_dump(mode="json"), str(out))
-    context: ProcessContext = start_processes(  # type: ignore[no-untyped-call]
-        work, arguments, nprocs=world_size, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(timeout=1, grace_period=5):  # true once all have ended; raises when one failed
-            assert time.monotonic() < deadline, f"workers did not end within {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
 
 
 def losses(folder: RunFolder, key: str) -> list[float]:
@@ -94,7 +46,7 @@ def test_workers_that_share_a_batch_train_the_run_of_one_worker(world_size: int,
     )
     alone = RunFolder(str(tmp_path / "alone"))
     run_training(config, alone, LocalContext())
-    run_processes(world_size, config, tmp_path / "shared")
+    run_ranks(world_size, work, config, str(tmp_path / "shared"), scratch=tmp_path / "shared")
     shared = RunFolder(str(tmp_path / "shared" / "whole"))
     # float32: the same sums in another order, through ten updates of AdamW.
     assert losses(shared, "train/loss") == pytest.approx(losses(alone, "train/loss"), rel=1e-5)
