@@ -8,7 +8,6 @@ than a test file that is removed again, and ask a cluster only where RAY_ADDRESS
 import inspect
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,6 +138,7 @@ def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
         precision: Resolved.
     """
     from crate_ray.models import memory
+    from crate_ray.training.disk_space import checkpoint_bytes
 
     model, scale, keeps_ema = config.model, config.scale, config.train.ema is not None
     at_once = min(config.train.micro_batch or rows, rows)
@@ -153,24 +153,15 @@ def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
         "activations": activations,
         "device": state + activations,
         "batches_read_ahead": _batches_read_ahead() * rows * _FLOAT32_BYTES * (pixels + noise),
-        "checkpoint_copy": _checkpoint_bytes(config) // shards,
+        "checkpoint_copy": checkpoint_bytes(config) // shards,
     }
-
-
-def _checkpoint_bytes(config: RunConfig) -> int:
-    """Weights with position tables, optimizer state and average, in float32; the files' headers are not counted."""
-    from crate_ray.models.cost import count_parameters
-    from crate_ray.models.memory import training_state_bytes
-
-    count = count_parameters(config.model)
-    weights_and_gradients = 2 * _FLOAT32_BYTES * count.trainable
-    of_optimizer = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None)
-    return _FLOAT32_BYTES * count.total + of_optimizer - weights_and_gradients
 
 
 def _checkpoints(config: RunConfig) -> dict[str, Any]:
     """Size of one, how many are kept, and the bytes of all while the next is written."""
-    size = _checkpoint_bytes(config)
+    from crate_ray.training.disk_space import checkpoint_bytes
+
+    size = checkpoint_bytes(config)
     kept = config.checkpoint.keep_last + (config.checkpoint.keep_best or 0)
     pinned = 1 if config.schedule.cooldown_fraction is not None else 0
     return {
@@ -269,11 +260,8 @@ def _check_room(config: RunConfig, facts: Mapping[str, Any]) -> list[Check]:
     """A row where the checkpoints do not fit on the disk."""
     from crate_ray import storage
 
-    if not storage.is_local(config.storage.path):
-        return []
-    path = storage.local_path(config.storage.path)
-    free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-    if free >= facts["checkpoint_bytes_in_all"]:
+    free = storage.free_bytes(config.storage.path)
+    if free is None or free >= facts["checkpoint_bytes_in_all"]:
         return []
     found = f"checkpoints take {bytes_in_words(facts['checkpoint_bytes_in_all'])}, and {bytes_in_words(free)} are free"
     return [Check("disk", "fail", found, "free some, lower checkpoint.keep_last, or use another storage.path")]

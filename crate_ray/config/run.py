@@ -254,6 +254,9 @@ class CheckpointConfig(Frozen):
         None, ge=1, description="so many more are kept, the best by best_metric; an evaluation that is among them is saved"
     )
     best_metric: BestMetric | None = Field(None, description="null: eval/loss of pretrain, eval/top1 of classify")
+    wait: bool = Field(
+        False, description="the step that saves waits until the checkpoint is whole; sweeps that copy trials need it"
+    )
     stop_grace_s: float = Field(60.0, gt=0, description="seconds that a stop waits for the last checkpoint")
 
 

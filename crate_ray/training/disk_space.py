@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.models.cost import count_parameters
+from crate_ray.models.memory import training_state_bytes
 from crate_ray.runs import RunFolder
 from crate_ray.storage import bytes_in_words
 from crate_ray.training.checkpoint import list_checkpoints
@@ -20,15 +21,14 @@ from crate_ray.training.checkpoint import list_checkpoints
 log = logging.getLogger(__name__)
 
 _FLOAT32 = 4
-_MOMENTS = {"adamw": 2, "lion": 1, "muon": 2}  # values for each parameter; Muon has one for its matrices, so this is a bound
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """About what one checkpoint of a run takes: weights, moments, and the average of the weights where one is kept."""
-    parameters = count_parameters(config.model)
-    copies = 1 if config.train.ema is None else 2
-    moments = _MOMENTS[config.optimizer.name or "adamw"]
-    return _FLOAT32 * (copies * parameters.total + moments * parameters.trainable)
+    """What one checkpoint of a run takes, but for headers: weights and their average with position tables, optimizer state."""
+    parameters, keeps_average = count_parameters(config.model), config.train.ema is not None
+    weights_and_gradients = 2 * _FLOAT32 * parameters.trainable
+    moments = training_state_bytes(config.model, optimizer=config.optimizer.name) - weights_and_gradients
+    return moments + _FLOAT32 * parameters.total * (2 if keeps_average else 1)
 
 
 def check_disk_space(config: RunConfig, folder: RunFolder) -> None:

@@ -164,6 +164,8 @@ class CheckpointSaver:
     def save(self, step: int, files: Files, state: Mapping[str, Any], *, pin: str | None = None) -> None:
         """Copies what this rank has to host memory and begins to write it; waits for the checkpoint before.
 
+        With `checkpoint.wait` it waits for this one too.
+
         Args:
             step: Optimizer steps done.
             files: This rank's; most ranks of a plain run have none.
@@ -184,6 +186,8 @@ class CheckpointSaver:
         if (value := self._rating(state.get("evaluation", {}))) is not None:
             keep = self._config.checkpoint.keep_best or 0
             self._best = sorted([*self._best, (value, step)])[:keep]
+        if self._config.checkpoint.wait:
+            self.wait()
 
     def settle(self, written: int) -> None:
         """Takes note of what all ranks together have written; without waiting.

@@ -39,7 +39,7 @@ class Votes:
     replaced: int = 0
     """Samples that this rank had to replace so far."""
     written: int = 0
-    """Checkpoint parts that this rank has finished writing in this attempt."""
+    """Parts of the checkpoint under way that this rank has finished writing."""
 
 
 @dataclass(frozen=True)

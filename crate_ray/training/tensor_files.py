@@ -35,7 +35,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[str, str], Tensor] = {}
-        self._arrived: torch.cuda.Event | None = None
+        self._arrivals: list[torch.cuda.Event] = []
 
     @torch.no_grad()
     def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -50,15 +50,14 @@ class HostCopy:
         self._rooms = {key: self._room(key, tensor) for key, tensor in wanted.items()}
         for key, tensor in wanted.items():
             self._rooms[key].copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in wanted.values()):
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        devices = {tensor.device for tensor in wanted.values() if tensor.is_cuda}
+        self._arrivals = [torch.cuda.current_stream(device).record_event() for device in devices]
         return {file: {name: self._rooms[file, name] for name in tensors} for file, tensors in files.items()}
 
     def wait(self) -> None:
         """Returns when the last copy has arrived; may be called from another thread."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        for arrival in self._arrivals:
+            arrival.synchronize()
 
     def _room(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         held = self._rooms.get(key)

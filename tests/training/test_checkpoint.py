@@ -260,6 +260,19 @@ def test_room_on_the_host_is_used_again_unless_a_tensor_has_changed_its_shape() 
     assert torch.equal(second["b"], torch.zeros(4))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_a_gpu_changes_after_the_copy_was_queued_is_not_in_it() -> None:
+    weights, host = torch.ones(64 << 20, device="cuda"), HostCopy()
+    for value in (1.0, 2.0):
+        weights.fill_(value)
+        copy = host.take({"file": {"w": weights}})["file"]["w"]
+        weights.fill_(-1.0)
+        host.wait()
+        assert copy.is_pinned()
+        assert bool((copy == value).all())
+
+
 def test_a_run_goes_on_from_a_checkpoint_of_the_first_format(load_tiny: LoadTiny, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     shutil.copytree(GOLDEN, Path(folder.path("checkpoints", "step_00000007")))

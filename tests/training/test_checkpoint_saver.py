@@ -120,6 +120,13 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("never came true")
 
 
+def test_where_trials_copy_each_other_a_checkpoint_is_whole_when_its_step_ends(folder: RunFolder) -> None:
+    with saver_of(folder, "checkpoint.wait=true") as saver:
+        save(saver, 1)
+        assert saver.finished() == [1]
+        assert steps(folder) == [1]
+
+
 def test_a_second_save_waits_for_the_first(folder: RunFolder) -> None:
     gate = Gate()
     with saver_of(folder, sink=gate) as saver, ThreadPoolExecutor(1) as another:

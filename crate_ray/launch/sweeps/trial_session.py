@@ -77,7 +77,7 @@ class TrialSpec:
             apply_override(values, f"{key}={dumps(value)}")
         every = self.sweep.report_every_steps
         if self.scheduler.type in _CLONING:
-            values["checkpoint"]["every_steps"] = every
+            values["checkpoint"] |= {"every_steps": every, "wait": True}
         if values["health"]["max_rollbacks"] is None:
             values["health"]["max_rollbacks"] = 0  # it would spend its budget on rollbacks, and no longer be the point it is
         return RunConfig.parse(values)
