@@ -105,21 +105,27 @@ class StepProfiler:
         return True
 
     def close(self) -> None:
-        """Writes what was traced; less than was asked for where the run stops before the last step."""
+        """Writes what was traced; less than was asked for where the run stops before the last step.
+
+        A store that refuses costs the trace and not the run.
+        """
         if self._trace is None:
             return
         trace, self._trace = self._trace, None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         trace.stop()
-        name = f"steps_{self._steps.first}-{self._last_done}"
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch, "trace.json.gz")
-            trace.export_chrome_trace(str(file))
-            storage.write_atomic(self._folder.path("profile", f"{name}.json.gz"), file.read_bytes())
-        table = self._table(trace)
-        storage.write_atomic(self._folder.path("profile", f"{name}.txt"), table + "\n")
-        log.info("profile of steps %d to %d: %s\n%s", self._steps.first, self._last_done, self._folder.path("profile"), table)
+        name, table = f"steps_{self._steps.first}-{self._last_done}", self._table(trace)
+        target = self._folder.path("profile", f"{name}.json.gz")
+        log.info("profile of steps %d to %d: %s\n%s", self._steps.first, self._last_done, target, table)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                file = Path(scratch, "trace.json.gz")
+                trace.export_chrome_trace(str(file))
+                storage.write_atomic(target, file.read_bytes())
+            storage.write_atomic(self._folder.path("profile", f"{name}.txt"), table + "\n")
+        except OSError as error:
+            log.warning("the profile is lost: %s", error)
 
     def _table(self, trace: profile) -> str:
         where = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"

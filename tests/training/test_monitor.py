@@ -263,6 +263,16 @@ def test_a_run_that_stops_within_the_range_keeps_what_was_traced(load_tiny: Load
     assert [path.name for path in sorted((tmp_path / "run" / "profile").iterdir())] == ["steps_2-4.json.gz", "steps_2-4.txt"]
 
 
+def test_a_trace_that_cannot_be_written_costs_no_step(
+    load_tiny: LoadTiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").write_text("in the way")
+    values = trained(load_tiny("train.steps=4"), tmp_path / "run", profiled=ProfiledSteps(2, 2))
+    assert "train/loss" in values[4]
+    assert any("the profile is lost" in record.message for record in caplog.records)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
