@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from crate_ray.config import LIVE_OBJECTIVES, LOSS_TARGET, ConfigError, RunConfig, SweepConfig
-from crate_ray.config.domain import SAME_FLOPS_KEY, value_at
+from crate_ray.config.domain import SAME_FLOPS_KEY, depending_on, value_at
 from crate_ray.space.arms import ArmSpace, arm_config, arms
 from crate_ray.space.constraints import parse_constraint
 from crate_ray.space.plan import Plan, make_plan
@@ -176,12 +176,8 @@ def _check_population(sweep: SweepConfig, plan: Plan, steps: int | None) -> None
             "scheduler.type = pbt changes nothing without scheduler.perturb; give it keys, such as "
             "{optimizer.lr: {loguniform: [1e-4, 1e-2]}}"
         )
-    wrong = [key for key in scheduler.perturb if not key.startswith("optimizer.") and key not in _PERTURBABLE]
-    if wrong:
-        raise ConfigError(
-            f"scheduler.perturb.{wrong[0]}: a trial goes on with another one's weights, which this key does not fit; valid: "
-            f"keys of optimizer, {', '.join(_PERTURBABLE)}"
-        )
+    for key in scheduler.perturb:
+        _check_perturbed(sweep, plan, key)
     if interval is None or interval < cadence or interval % cadence:
         raise ConfigError(
             f"scheduler.interval_steps = {interval}: pbt looks at its population at reports, every "
@@ -201,6 +197,21 @@ def _check_population(sweep: SweepConfig, plan: Plan, steps: int | None) -> None
             raise ConfigError(
                 f"scheduler.population = {scheduler.population}, and arm '{arm}' has {len(points)} feasible points; let them "
                 "agree, or set search.method to random, which draws as many"
+            )
+
+
+def _check_perturbed(sweep: SweepConfig, plan: Plan, key: str) -> None:
+    """A trial that copies another one changes this key alone, in the middle of its training."""
+    if not key.startswith("optimizer.") and key not in _PERTURBABLE:
+        raise ConfigError(
+            f"scheduler.perturb.{key}: a trial goes on with another one's weights, which this key does not fit; valid: keys of "
+            f"optimizer, {', '.join(_PERTURBABLE)}"
+        )
+    for arm in plan.points:
+        if followers := depending_on(key, sweep.domains_of(arm))[1:]:
+            raise ConfigError(
+                f"scheduler.perturb.{key}: {', '.join(followers)} of arm '{arm}' follows it, and would keep its old value in a "
+                "trial that copies another one; give what follows values of its own, or do not perturb this key"
             )
 
 

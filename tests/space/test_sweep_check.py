@@ -82,6 +82,10 @@ def test_a_sweep_that_can_be_run_passes(sweep_of: Make, changes: dict[str, Any])
         ({"scheduler": {"type": "asha", "perturb": TUNE}}, "perturb has no effect with scheduler.type = asha"),
         ({"scheduler": {**PBT, "perturb": {}}}, "pbt changes nothing without scheduler.perturb"),
         ({"scheduler": {**PBT, "perturb": {"model.width": {"grid": [8]}}}}, "goes on with another one's weights"),
+        (
+            {"scheduler": PBT, "space": {"optimizer.weight_decay": {"of": "optimizer.lr", "times": 10}}, "tune": TUNE},
+            "optimizer.weight_decay of arm 'mae' follows it, and would keep its old value",
+        ),
         ({"scheduler": {**PBT, "interval_steps": None}}, "interval_steps = None"),
         ({"scheduler": {**PBT, "interval_steps": 10}}, "give a multiple of 20"),
         ({"scheduler": {**PBT, "interval_steps": 60}}, "no trial could copy another one"),
