@@ -306,6 +306,15 @@ class ScaleConfig(Frozen):
             raise ValueError(f"give a whole number of workers, 1 or more, or a range such as {{min: 1, max: 8}}{not_this}")
         return value
 
+    @model_validator(mode="after")
+    def _shards_to_lie_in_nodes(self) -> Self:
+        if self.hybrid_shard and self.parallel != "fsdp":
+            raise ValueError(
+                f"scale.hybrid_shard says where shards lie, and scale.parallel = {self.parallel} has none; "
+                "set scale.parallel: fsdp, or leave it out"
+            )
+        return self
+
     @property
     def min_workers(self) -> int:
         """The fewest workers that train: each has the largest share of the batch."""

@@ -41,7 +41,6 @@ def identity(*overrides: str) -> str:
         "scale.resize_check_s=5",
         "scale.use_gpu=true",
         "scale.parallel=fsdp",
-        "scale.hybrid_shard=true",
         "scale.max_failures=0",
         "scale.hang_timeout_s=30",
         "health.max_skipped=2",
