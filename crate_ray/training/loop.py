@@ -4,7 +4,6 @@ In: a RunConfig, its folder and a WorkerContext. Out: records, checkpoints and f
 folder; the return value only says how it ended. The loop knows neither ray nor mlflow.
 """
 
-import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,8 +18,7 @@ from torch import Tensor
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch, BatchReader, load_source, open_reader
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model
-from crate_ray.models.cost import count_parameters, training_flops_per_image
-from crate_ray.runs import Intervention, MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext, record_precision
+from crate_ray.runs import Intervention, MetricSink, NullSink, RecordWriter, RunFolder, WorkerContext
 from crate_ray.training.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -30,6 +28,7 @@ from crate_ray.training.checkpoint import (
 )
 from crate_ray.training.ema import EMA_FILE, Ema
 from crate_ray.training.evaluate import Evaluator
+from crate_ray.training.final import write_result
 from crate_ray.training.first_weights import load_first_weights
 from crate_ray.training.health import Health, RollBack, find_path
 from crate_ray.training.memory import MemoryGuard, OutOfMemory, agreed_micro_batch, release_memory
@@ -302,7 +301,7 @@ class Trainer:
             self._report_saved()
         if self.step < self.total:
             return LoopResult("KILLED", self.step)
-        self._write_final()
+        self._write_result()
         return LoopResult("FINISHED", self.step)
 
     def roll_back(self) -> None:
@@ -443,39 +442,20 @@ class Trainer:
             self.context.checkpoint_written(step, checkpoint_uri(self.folder, step))
             self.monitor.checkpoint_saved(step)
 
-    def _write_final(self) -> None:
-        """The numbers that comparisons use, rounded to four digits, once."""
+    def _write_result(self) -> None:
+        """The numbers that comparisons use, once."""
         if self.context.rank != 0:
             return
-        parameters = count_parameters(self.config.model)
-        flops = training_flops_per_image(self.config.model)
-        images = self.step * self.config.train.global_batch
-        values = {
-            "final/params_m": parameters.trainable / 1e6,
-            "final/encoder_params_m": parameters.encoder / 1e6,
-            "final/gflops": flops / 3 / 1e9,
-            "final/train_pflops": flops * images / 1e15,
-            "final/train_hours": self.train_seconds / 3600,
-        }
-        values |= self.health.final_values()
-        record_precision(self.folder, self.precision)
-        values |= {key.replace("eval/", "final/eval_"): value for key, value in self._eval_values.items()}
+        measured = self.health.final_values()
+        measured |= {key.replace("eval/", "final/eval_"): value for key, value in self._eval_values.items()}
         if self.monitor.images_per_s is not None:
-            values["final/images_per_s"] = self.monitor.images_per_s
-        cost = {
-            "parameters": dataclasses.asdict(parameters),
-            "training_flops_per_image": flops,
-            "images": images,
-            "train_seconds": self.train_seconds,
-        }
-        self.folder.write_json("final.json", {"values": {}, "cost": cost})
-        write_final(self.folder, self.sink, self.step, values)
-
-
-def write_final(folder: RunFolder, sink: MetricSink, step: int, values: Mapping[str, float]) -> None:
-    """Adds final values to the run: in final.json and as a record, with four significant digits."""
-    rounded = {key: float(f"{value:.4g}") for key, value in values.items()}
-    held = folder.read_json("final.json") or {"values": {}}
-    folder.write_json("final.json", {**held, "values": {**held["values"], **rounded}})
-    sink.write(step, rounded)
-    sink.flush()
+            measured["final/images_per_s"] = self.monitor.images_per_s
+        write_result(
+            self.config,
+            self.folder,
+            self.sink,
+            step=self.step,
+            train_seconds=self.train_seconds,
+            precision=self.precision,
+            measured=measured,
+        )

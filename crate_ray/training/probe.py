@@ -30,7 +30,7 @@ from crate_ray.runs import RunFolder, is_finished, later_records
 from crate_ray.training.checkpoint import Checkpoint, latest_checkpoint
 from crate_ray.training.ema import EMA_FILE, weights_file
 from crate_ray.training.evaluate import encode_images, measure_images, read_images
-from crate_ray.training.loop import write_final
+from crate_ray.training.final import write_final
 from crate_ray.training.objective import create_objective
 from crate_ray.training.precision import choose_device, resolve_precision
 
