@@ -122,8 +122,9 @@ class Reporter:
             mode = ray.train.CheckpointUploadMode.NO_UPLOAD
             try:
                 ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_upload_mode=mode)
-            except ray.exceptions.RayError as error:  # a rank or the controller is gone; the manifest stands
-                log.warning("Ray was not told of the checkpoint of step %d: %s", step, error)
+            except ray.exceptions.RayError as error:  # a rank or the controller is gone; the manifests stand
+                log.warning("Ray is told of no checkpoint from step %d on: %s", step, type(error).__name__)
+                return
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
