@@ -25,6 +25,7 @@ import torch.distributed as dist
 from crate_ray.config import RunConfig
 from crate_ray.runs import Intervention, RunFolder, WorkerContext, read_interventions, write_interventions
 from crate_ray.training.checkpoint import Checkpoint, delete_checkpoint, list_checkpoints
+from crate_ray.training.nonfinite import Finding
 from crate_ray.training.step import StepOutcome
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Health:
                 cursor = end
         return cursor
 
-    def see(self, step: int, outcome: StepOutcome, *, cursor_after: int, locate: Callable[[], str | None]) -> None:
+    def see(self, step: int, outcome: StepOutcome, *, cursor_after: int, locate: Callable[[], Finding | None]) -> None:
         """Takes in a step; a collective where it is the first of a row of skipped ones.
 
         Args:
@@ -191,15 +192,17 @@ class Health:
             )
         raise RollBack
 
-    def _first_finding(self, locate: Callable[[], str | None]) -> str:
-        """Of the lowest rank that has one; all ranks have the same weights, not the same images."""
-        found = [locate()] * self._context.world_size
+    def _first_finding(self, locate: Callable[[], Finding | None]) -> str:
+        """The earliest of all ranks: all have the same weights, not the same images."""
+        found = [locate()]
         if self._context.world_size > 1:
+            found = found * self._context.world_size
             dist.all_gather_object(found, found[0])
-        for rank, finding in enumerate(found):
-            if finding is not None:
-                return finding + (f" (rank {rank})" if self._context.world_size > 1 else "")
-        return "all was finite when the batch was run again"
+        ranked = [(finding.phase, rank, finding.text) for rank, finding in enumerate(found) if finding is not None]
+        if not ranked:
+            return "all was finite when the batch was run again"
+        phase, rank, text = min(ranked)
+        return f"{text} (rank {rank})" if self._context.world_size > 1 and phase in (1, 2) else text
 
     def intervene(self) -> None:
         """After a RollBack: rank 0 writes down where the run goes back to and what it does differently from there on.

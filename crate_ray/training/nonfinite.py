@@ -8,6 +8,7 @@ costs some steps' worth of time; it is done once for each row of skipped steps, 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,21 @@ from torch.utils.hooks import RemovableHandle
 _WRAPPERS = ("model.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-def find_non_finite(module: nn.Module, run: Callable[[], object]) -> str | None:
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not finite.
+
+    Attributes:
+        phase: Of the step: 0 weights, 1 forward pass, 2 backward pass, 3 what ranks and micro-batches made together. What is
+            found in an early one is the cause of what others find later.
+        text: For a person.
+    """
+
+    phase: int
+    text: str
+
+
+def find_non_finite(module: nn.Module, run: Callable[[], object]) -> Finding | None:
     """The first thing of this rank that is not finite; None where all is.
 
     Args:
@@ -38,20 +53,22 @@ class _Search:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.finding: str | None = None
+        self.finding: Finding | None = None
 
     def look_at_weights(self) -> None:
         for name, parameter in self._module.named_parameters():
-            self._note(not _is_finite(parameter), f"weights of {_shown(name)} hold NaN or infinity")
+            self._note(not _is_finite(parameter), 0, f"weights of {_shown(name)} hold NaN or infinity")
 
     def look_at_gradients(self) -> None:
         """Gradients that are summed or averaged after their hooks; and a sum of squares that alone overflows."""
         squares = {n: _local(p.grad).double().square().sum() for n, p in self._module.named_parameters() if p.grad is not None}
         for name, parameter in self._module.named_parameters():
-            self._note(not _is_finite(parameter.grad), f"the gradient of {_shown(name)} is not finite once it is summed")
+            self._note(not _is_finite(parameter.grad), 3, f"the gradient of {_shown(name)} is not finite once it is summed")
         if squares and not torch.isfinite(torch.stack(list(squares.values())).sum().float()):
             largest = max(squares, key=lambda name: float(squares[name]))
-            self._note(True, f"the norm of the gradient overflows, by that of {_shown(largest)}, though every entry is finite")
+            self._note(
+                True, 3, f"the norm of the gradient overflows, by that of {_shown(largest)}, though every entry is finite"
+            )
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -65,28 +82,32 @@ class _Search:
         try:
             with warnings.catch_warnings():  # of layers that images go into: there is no gradient of those
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                warnings.filterwarnings(
+                    "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+                )  # of a hook's making
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _after_forward(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._note(not _are_finite(inputs), f"the input of {_shown(name)} is not finite in the forward pass")
-        self._note(not _are_finite(output), f"the output of {_shown(name)} is not finite, though its input is")
+        self._note(not _are_finite(inputs), 1, f"the input of {_shown(name)} is not finite in the forward pass")
+        self._note(not _are_finite(output), 1, f"the output of {_shown(name)} is not finite, though its input is")
 
     def _after_backward(self, name: str, module: nn.Module, of_inputs: Any, of_outputs: Any) -> None:
-        self._note(not _are_finite(of_outputs), f"the gradient that reaches {_shown(name)} is not finite")
+        self._note(not _are_finite(of_outputs), 2, f"the gradient that reaches {_shown(name)} is not finite")
         self._note(
             not _are_finite(of_inputs),
+            2,
             f"the gradient that leaves {_shown(name)} is not finite, though the one that reaches it is",
         )
 
     def _of_weight(self, name: str, gradient: Tensor) -> None:
-        self._note(not _is_finite(gradient), f"the gradient of {_shown(name)} is not finite")
+        self._note(not _is_finite(gradient), 2, f"the gradient of {_shown(name)} is not finite")
 
-    def _note(self, is_found: bool, finding: str) -> None:
+    def _note(self, is_found: bool, phase: int, text: str) -> None:
         if is_found and self.finding is None:
-            self.finding = finding
+            self.finding = Finding(phase, text)
 
 
 def _are_finite(values: Any) -> bool:

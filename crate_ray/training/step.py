@@ -21,7 +21,7 @@ from crate_ray.data import Batch
 from crate_ray.models import Classifier, MaskedAutoencoder
 from crate_ray.models.layers import recompute_layers
 from crate_ray.training.ema import Ema
-from crate_ray.training.nonfinite import find_non_finite
+from crate_ray.training.nonfinite import Finding, find_non_finite
 from crate_ray.training.objective import create_objective
 from crate_ray.training.optimizer import step_where_finite
 from crate_ray.training.parallel import Parallel
@@ -144,7 +144,7 @@ class TrainStep:
             self._ema.update(is_finite)
         self._optimizer.zero_grad(set_to_none=True)
 
-    def find_non_finite(self, batch: Batch) -> str | None:
+    def find_non_finite(self, batch: Batch) -> Finding | None:
         """Runs a batch again, uncompiled and without an update, and says what of it is not finite first on this rank.
 
         Communicates as a step does, so every rank calls it at the same time.

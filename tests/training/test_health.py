@@ -273,7 +273,8 @@ def network(middle: nn.Module) -> nn.Sequential:
 
 
 def located(module: nn.Module, x_BD: Tensor, factor: float = 1.0) -> str | None:
-    return find_non_finite(module, lambda: (module(x_BD).float() * factor).sum().backward())
+    finding = find_non_finite(module, lambda: (module(x_BD).float() * factor).sum().backward())
+    return None if finding is None else finding.text
 
 
 def test_the_layer_that_first_gives_no_number_is_named_with_what_of_it() -> None:
