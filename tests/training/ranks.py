@@ -18,7 +18,7 @@ from crate_ray.data import BatchReader, open_reader
 from crate_ray.runs import RunFolder, read_records
 from crate_ray.training.loop import run_training
 
-TIMEOUT_S = 100
+TIMEOUT_S = 180
 
 
 def go_on(rank: int, step: int) -> None:

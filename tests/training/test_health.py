@@ -239,7 +239,7 @@ def die_after_the_rollback(rank: int, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_workers_roll_back_alike_and_repeat_it_after_a_crash(load_tiny: LoadTiny, tmp_path: Path) -> None:
     config = load_tiny(*ROLLING_BACK, "scale.num_workers=2")
     alone, whole, parts = (RunFolder(str(tmp_path / name)) for name in ("alone", "whole", "parts"))

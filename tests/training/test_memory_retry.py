@@ -95,7 +95,7 @@ def test_allocations_that_fail_are_told_from_other_errors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_when_one_of_two_workers_runs_out_of_memory_both_go_on_with_less(load_tiny: LoadTiny, tmp_path: Path) -> None:
     config = load_tiny("checkpoint.every_steps=2", "train.steps=8", "scale.num_workers=2")
     calm, folder = str(tmp_path / "calm"), str(tmp_path / "run")

@@ -54,7 +54,7 @@ def trace(folder: str, *, attempt: int, rank: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("hang", [sleep_forever, stop_from_outside, call_another_collective, keep_the_lock_of_python])
 def test_a_group_that_hangs_ends_with_its_stacks_and_goes_on_as_if_nothing_had_been(
     hang: Callable[[int, int], None], load_tiny: LoadTiny, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
