@@ -11,7 +11,9 @@ Markdown, medians over rounds with the smallest and the largest:
                          CPU time of the process, which other work on the machine disturbs less
   pause                  of the step that saves: what `save` takes
   until whole            from `save` to the manifest
-  overhead               cost / cadence, for cadences in minutes; that of a checkpoint every few steps is measured as such
+  overhead               cost / cadence, for cadences in minutes; that of a checkpoint every few steps is measured as such. On a
+                         machine whose cores are all taken the thread's CPU time is taken from the training, and wall time is
+                         CPU time divided by the share that this process gets
   lock                   longest time that another thread of the interpreter did not run while a file was laid out: ours, and
                          by safetensors.torch.save
 
@@ -184,8 +186,9 @@ def _print(
         "cost of a checkpoint, s of CPU time": [spread(costs) for costs in cpu_costs_s],
     }
     for minutes in CADENCES_MIN:
-        shares = [[cost / (60 * minutes) for cost in costs] for costs in costs_s]
-        rows[f"overhead at {minutes:g} minutes"] = [spread(share, ".2%") for share in shares]
+        for of, costs_of in (("wall", costs_s), ("CPU", cpu_costs_s)):
+            shares = [[cost / (60 * minutes) for cost in costs] for costs in costs_of]
+            rows[f"overhead at {minutes:g} minutes, {of} time"] = [spread(share, ".2%") for share in shares]
     often = [[a.wall_s / b.wall_s - 1 for a, b in zip(rounds[kind], plain, strict=True)] for kind in KINDS[3:]]
     rows[f"overhead at every {options.often} steps, measured"] = [spread(share, ".0%") for share in often]
     print("\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()))
