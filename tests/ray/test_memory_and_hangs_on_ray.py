@@ -23,10 +23,10 @@ STEPS, FAILS_AFTER, BATCH = 40, 25, 32
 
 
 def hungry_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """A worker whose reader hands rank 1 images of which eight do not fit into memory at once."""
+    """A worker whose reader hands rank 1 images of which more than eight do not fit into memory at once."""
     from crate_ray.launch import worker
 
-    opener = bad_batches.hungry(4, from_cursor=FAILS_AFTER * BATCH, on_rank=1)
+    opener = bad_batches.hungry(8, from_cursor=FAILS_AFTER * BATCH, on_rank=1)
     worker._who_decodes = lambda config: opener  # type: ignore[assignment]
     return worker.train_worker(payload)
 
@@ -50,14 +50,14 @@ def test_out_of_memory_on_one_worker_makes_all_go_on_with_less_and_is_no_failure
     for module in (bad_batches, sys.modules[__name__]):  # workers cannot import tests
         cloudpickle.register_pickle_by_value(module)
     monkeypatch.setattr("crate_ray.launch.worker.train_worker", hungry_worker)
-    # 16 images a worker: they fail, then 8 do, then 4 fit.
+    # 16 images a worker: they do not fit, 8 do.
     more = [f"train.steps={STEPS}", "scale.num_workers=2", "checkpoint.every_steps=10", "scale.max_failures=0"]
     outcome = launch_training(RunConfig.load("digits_crate_mae", [*overrides, *more]))
     assert outcome.state == "FINISHED", outcome.reason
-    assert read_micro_batch(outcome.folder) == 4
+    assert read_micro_batch(outcome.folder) == 8
     times = raw_times(outcome.folder)
-    pauses = sorted(after - before for before, after in pairwise(times))[-2:]
-    print(f"\nout of memory twice: training again after {pauses[1]:.1f} s and {pauses[0]:.1f} s")
+    pause_s = max(after - before for before, after in pairwise(times))
+    print(f"\nout of memory on one of two workers: training again after {pause_s:.1f} s")
     expected = undisturbed_losses(overrides, STEPS, total=STEPS)
     assert losses_of(outcome.folder) == pytest.approx(expected, rel=WORKER_COUNT_TOLERANCE)
 
