@@ -59,7 +59,8 @@ def make_deterministic(config: RunConfig) -> None:
     """
     torch.manual_seed(config.train.seed)
     wanted = config.train.deterministic
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # the setter alone imports the compiler, a second of CPU time
+        torch.use_deterministic_algorithms(wanted)
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False

@@ -17,7 +17,7 @@ from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.watchdog import HANG_EXIT_CODE, LONG
 
 LoadTiny = Callable[..., RunConfig]
-LIMIT_S = 4.0
+LIMIT_S = 8.0
 HANGS_AT = 5
 FAULTHANDLER_EXIT_CODE = 1
 
@@ -44,11 +44,6 @@ def keep_the_lock_of_python(rank: int, step: int) -> None:
         ctypes.PyDLL(None).pause()
 
 
-def watched(load_tiny: LoadTiny) -> RunConfig:
-    more = ("checkpoint.every_steps=2", "train.steps=8", "scale.num_workers=2", "data.num_loaders=0")
-    return load_tiny(*more, f"scale.hang_timeout_s={LIMIT_S}")
-
-
 def trace(folder: str, *, attempt: int, rank: int) -> str:
     return Path(folder, "hangs", f"attempt_{attempt}_rank_{rank}.txt").read_text()
 
@@ -59,12 +54,14 @@ def trace(folder: str, *, attempt: int, rank: int) -> str:
 def test_a_group_that_hangs_ends_with_its_stacks_and_goes_on_as_if_nothing_had_been(
     hang: Callable[[int, int], None], load_tiny: LoadTiny, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    config, calm = watched(load_tiny), str(tmp_path_factory.getbasetemp() / "two-calm-ranks")
+    overrides = ("checkpoint.every_steps=2", "train.steps=8", "scale.num_workers=2", "data.num_loaders=0")
+    config, watched = load_tiny(*overrides), load_tiny(*overrides, f"scale.hang_timeout_s={LIMIT_S}")
+    calm = str(tmp_path_factory.getbasetemp() / "two-calm-ranks")
     if not Path(calm).exists():  # the same for every way to hang
         assert Group(config, calm).run() == [0, 0]
         assert not Path(calm, "hangs").exists()
     folder = str(tmp_path / "run")
-    codes = first, second = Group(config, folder, at_step=hang).run()
+    codes = first, second = Group(watched, folder, at_step=hang).run()
     gone_s = time.time() - read_records(RunFolder(folder))[-1].time
     print(f"{hang.__name__}: the group was gone {gone_s:.1f} s after its last step, limit {LIMIT_S:g} s")
     assert 0 not in codes
