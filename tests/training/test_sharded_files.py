@@ -2,45 +2,49 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from finished_runs import train
 from torch import Tensor
 
-from crate_ray.config import ConfigError
-from crate_ray.training.checkpoint import Checkpoint, write_file
+from crate_ray.config import ConfigError, RunConfig
+from crate_ray.models import create_model
+from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, FileEntry, latest_checkpoint, write_file, write_manifest
+from crate_ray.training.first_weights import load_first_weights, pin_weights
 from crate_ray.training.sharded import files_of, local_shards, read_into, read_whole, shard_name
 from crate_ray.training.tensor_files import file_pieces
 
-NAME = "model.safetensors"
+NAME = MODEL_FILE
 WHOLE = {
     "blocks.0.weight": torch.arange(35.0).reshape(7, 5),  # of three shards with 3, 3 and 1 rows
     "cls_token": torch.randn(1, 1, 4),  # the first shard has it all
     "step": torch.tensor(3.0),
-    "pos_embed": torch.randn(2, 3),  # held whole by every worker: in the first file
 }
 
 
-def rows_of(shard: int) -> dict[str, tuple[Tensor, list[int]]]:
-    """Tensor and offset, by hand."""
-    parts = {"blocks.0.weight": (WHOLE["blocks.0.weight"][3 * shard : 3 * shard + 3], [3 * shard, 0])}
-    if shard == 0:
-        parts |= {name: (WHOLE[name], [0] * WHOLE[name].ndim) for name in ("cls_token", "step", "pos_embed")}
-    return parts
+def write_shards(state: Mapping[str, Tensor], uri: str, total: int) -> dict[str, FileEntry]:
+    """Matrices cut by rows as `total` workers hold them, everything else in the first file; by hand."""
+    files = {}
+    for shard in range(total):
+        tensors, offsets = {}, {}
+        for key, tensor in state.items():
+            rows = -(-len(tensor) // total) if tensor.ndim == 2 else 0
+            if rows or shard == 0:
+                tensors[key] = tensor[rows * shard : rows * (shard + 1)].clone() if rows else tensor
+                offsets[key] = {"saved_offsets": [rows * shard, 0] if rows else [0] * tensor.ndim}
+        name = shard_name(NAME, shard + 1, total)
+        files[name] = write_file(uri, name, file_pieces(tensors, {"DCP_SHARDING_INFO": json.dumps(offsets)}))
+    return files
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    """Three shards, as three workers write them."""
-    files = {}
-    for shard in range(3):
-        tensors = {name: tensor.contiguous() for name, (tensor, _) in rows_of(shard).items()}
-        offsets = {name: {"saved_offsets": offset} for name, (_, offset) in rows_of(shard).items()}
-        name = shard_name(NAME, shard + 1, 3)
-        files[name] = write_file(str(tmp_path), name, file_pieces(tensors, {"DCP_SHARDING_INFO": json.dumps(offsets)}))
-    return Checkpoint(str(tmp_path), 1, {}, files)
+    """Three shards."""
+    return Checkpoint(str(tmp_path), 1, {}, write_shards(WHOLE, str(tmp_path), 3))
 
 
 def test_shards_are_joined_to_the_whole_state(checkpoint: Checkpoint) -> None:
@@ -100,3 +104,20 @@ def test_a_damaged_shard_is_refused(checkpoint: Checkpoint) -> None:
     assert hashlib.sha256(data.tobytes()).hexdigest() != checkpoint.files[file.name]["sha256"]
     with pytest.raises(ConfigError, match=r"shard-00002-of-00003\.safetensors is damaged"):
         checkpoint.read(NAME)
+
+
+def test_a_run_starts_from_weights_in_shards(load_tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
+    donor = train(load_tiny("train.steps=1", "name=donor"))
+    whole = latest_checkpoint(donor)
+    assert whole is not None
+    trained = whole.read(MODEL_FILE)
+    Path(whole.uri, MODEL_FILE).unlink()
+    files = write_shards(trained, whole.uri, 2)
+    write_manifest(donor, whole.step, files=files, state=whole.state, configuration=whole.configuration)
+
+    config = pin_weights(load_tiny(f"train.init_from={donor.uri}"))
+    sums = "".join(str(files[name]["sha256"]) for name in sorted(files))
+    assert config.train.init_digest == hashlib.sha256(sums.encode()).hexdigest()
+    model = create_model(config.model)
+    load_first_weights(model, config)
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
