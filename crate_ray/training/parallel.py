@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import ScaleConfig
 from crate_ray.models import Classifier, MaskedAutoencoder, create_model
+from crate_ray.models.layers import distinct_layers
 from crate_ray.runs import WorkerContext
 from crate_ray.training.checkpoint import Checkpoint
 from crate_ray.training.sharded import describe, local_shards, read_into, shard_name
@@ -162,7 +163,7 @@ class Sharded(Parallel):
         """See Parallel."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        for layer in [*model.blocks, *getattr(model, "decoder_blocks", ())]:
+        for layer in distinct_layers(model):
             fully_shard(layer, mesh=self._mesh)
         fully_shard(model, mesh=self._mesh)
         if isinstance(model, MaskedAutoencoder):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-TIMEOUT_S = 200
+TIMEOUT_S = 300
 
 
 @dataclass
