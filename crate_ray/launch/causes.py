@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 
 from crate_ray.config import ConfigError
 from crate_ray.training.health import TrainingDivergedError
-from crate_ray.training.memory import OutOfMemory
+from crate_ray.training.memory import OutOfMemory, is_out_of_memory
 from crate_ray.training.saving import CheckpointError
 
 
@@ -56,7 +56,7 @@ def cure_of(error: BaseException) -> Cure:
     if not isinstance(error, WorkerGroupError):
         return Cure.NONE
     causes = list(error.worker_failures.values())
-    if any(isinstance(cause, _HOPELESS) or (isinstance(cause, OutOfMemory) and cause.micro_batch is None) for cause in causes):
+    if any(isinstance(cause, _HOPELESS) or _never_fits(cause) for cause in causes):
         return Cure.NONE
     if any(isinstance(cause, WorkersPausedError | OutOfMemory) or _is_preempted(cause) for cause in causes):
         return Cure.RESTART_FREELY
@@ -81,6 +81,11 @@ def _told_of_start(failure: BaseException) -> str:
     if isinstance(failure, WorkerGroupStartupTimeoutError):
         return f"the cluster has no room for {failure.num_workers} workers; `ray status` shows what it has"
     return _last_line(failure)
+
+
+def _never_fits(cause: BaseException) -> bool:
+    """Whether memory ran out where no smaller micro-batch helps: outside of a step, or at a single image."""
+    return is_out_of_memory(cause) and (not isinstance(cause, OutOfMemory) or cause.micro_batch is None)
 
 
 def _distance(cause: BaseException) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train.v2.api.exceptions import WorkerGroupError
 from trials import MakeTrial, mark_stopped, trial_of
 
 from crate_ray.config import RunConfig, SchedulerConfig
+from crate_ray.launch.causes import Cure, cure_of
 from crate_ray.launch.sweeps.driver import past_reports
 from crate_ray.launch.sweeps.generations import Pointer
 from crate_ray.launch.sweeps.rungs import legs_of
@@ -211,7 +213,7 @@ def test_a_lease_of_a_dead_trial_is_taken_over(make_trial: MakeTrial) -> None:
 
 def test_a_clone_goes_on_from_the_whole_state_of_its_donor_under_other_hyperparameters(make_trial: MakeTrial) -> None:
     pbt = {"scheduler": {"type": "pbt", "interval_steps": 3}}
-    donor = session_of(make_trial("train.seed=1", sweep=pbt))
+    donor = session_of(make_trial("optimizer.lr=2e-3", sweep=pbt))
     results_of(donor, 2)
     pointer = donor.pointer
     trial = make_trial(sweep=pbt, set={"optimizer.lr": 1e-4})
@@ -319,6 +321,7 @@ def test_an_allocation_that_fails_makes_a_trial_infeasible_and_other_errors_do_n
         reason = infeasible_reason(error)
         assert reason is not None
         assert reason.startswith("out of memory: ")
+        assert cure_of(WorkerGroupError("a rank failed", {0: error})) is Cure.NONE  # nor do its workers start again
     assert infeasible_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert infeasible_reason(TrainingDivergedError("loss nan")) == "loss nan"
 

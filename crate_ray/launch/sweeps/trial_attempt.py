@@ -5,7 +5,6 @@ runs in the thread; with several the thread follows a TorchTrainer. The price of
 decide; in return a trial that is stopped has trained not one step past the report that stopped it.
 """
 
-import gc
 import logging
 import os
 import queue
@@ -19,19 +18,23 @@ from typing import Any, Literal
 import torch
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.launch.cluster import resolve_scale, set_environment
+from crate_ray.launch.cluster import GROW_TIMEOUT_S, resolve_scale, set_environment, worker_need
 from crate_ray.launch.train import EXIT_GRACE_S, Fit
 from crate_ray.runs import Lease, LeaseLostError, RunFolder
 from crate_ray.training.health import TrainingDivergedError
 from crate_ray.training.loop import LocalContext, run_training
+from crate_ray.training.memory import is_out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0
 """So long a trial holds its folder without being asked for its next report: Tune keeps actors of paused trials in store."""
+FIRST_WORD_S = 4 * GROW_TIMEOUT_S + 1800.0
+"""So long several workers may take to begin: as often as Ray waits for nodes that an autoscaler starts, and half an hour."""
 LOOK_S = 1.0  # between two looks for a stop, and for a beat that is due
 _POLL_S = 0.05
-_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator: can't allocate")
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+"""Where Ray passes an error on as text."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,8 @@ class Attempt:
             reason = infeasible_reason(error)
             return Ended("INFEASIBLE", reason) if reason else Ended("FAILED", f"{type(error).__name__}: {error}", error)
         finally:
-            gc.collect()  # a model and its loop refer to each other; the next trial of this process needs the memory
+            release_memory()  # the next trial of this process needs it
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
 
     def _train_alone(self) -> Ended:
@@ -211,16 +213,28 @@ class Attempt:
     def _follow(self, fit: Fit) -> bool:
         """Passes the workers' evaluations on until they end; False when they do not end in time after a stop."""
         deadline: float | None = None
+        first_word: float | None = monotonic() + FIRST_WORD_S
         while fit.is_running():
             event = fit.next_event(_POLL_S)
             if event is not None:
+                first_word = None  # from here on the watchdogs of the workers end what hangs
                 self._pass_on(fit, event)
+            if first_word is not None and monotonic() > first_word:
+                raise TimeoutError(self._silence())
             if self._context.stop_requested() and deadline is None:
                 fit.stop()
                 deadline = monotonic() + self._config.checkpoint.stop_grace_s + EXIT_GRACE_S
             if deadline is not None and monotonic() > deadline:
                 return False
         return True
+
+    def _silence(self) -> str:
+        scale = self._config.scale
+        need = " and ".join(f"{amount:g} {key}" for key, amount in worker_need(scale).items())
+        return (
+            f"{scale.max_workers} workers of {need} did not begin within {FIRST_WORD_S:.0f} s: the cluster had no room for "
+            "them, or their processes do not start (Ray's logs on the nodes know more)"
+        )
 
     def _pass_on(self, fit: Fit, event: Mapping[str, Any]) -> None:
         if "placement_group" in event:
@@ -241,7 +255,7 @@ def infeasible_reason(error: BaseException) -> str | None:
         return str(error)
     causes = [error, *getattr(error, "worker_failures", {}).values()]
     for cause in causes:
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        if is_out_of_memory(cause):
             return f"out of memory: {cause}".partition("\n")[0]
         named = next((line for line in str(cause).splitlines() if any(name in line for name in _OUT_OF_MEMORY)), None)
         if named is not None:
