@@ -34,7 +34,7 @@ def decoder_layers(config: ModelConfig) -> nn.ModuleList:
 
 
 def distinct_layers(model: nn.Module) -> list[nn.Module]:
-    """Every layer of encoder and decoder once, first layer first: what is compiled, recomputed or sharded by itself."""
+    """Every layer of encoder and decoder once, first layer first: what is recomputed or sharded by itself."""
     return [layer for name in ("blocks", "decoder_blocks") for layer in getattr(model, name, ())]
 
 
@@ -43,12 +43,6 @@ def recompute_layers(model: nn.Module) -> None:
     for layer in distinct_layers(model):
         assert isinstance(layer, Layer)
         layer.recompute = True
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compiles each layer by itself, in place; layers of one kind share one compilation."""
-    for layer in distinct_layers(model):
-        layer.compile(fullgraph=True)
 
 
 def check_images(config: ModelConfig, images_BCHW: Tensor) -> None:

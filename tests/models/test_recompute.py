@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crate_ray.config import ModelConfig
 from crate_ray.models import MaskedAutoencoder, create_model
-from crate_ray.models.layers import compile_layers, distinct_layers, recompute_layers
+from crate_ray.models.layers import distinct_layers, recompute_layers
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 48, "num_heads": 3, "encoder_depth": 3, "decoder_depth": 2}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,19 +67,15 @@ def test_without_a_backward_pass_nothing_is_computed_twice() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["crate", "vit"])
-@pytest.mark.parametrize("form", ["whole", "layers"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_compiled_there_is_no_graph_break_and_the_loss_is_the_same(name: str, form: str, recompute: bool) -> None:
+def test_compiled_there_is_no_graph_break_and_the_loss_is_the_same(name: str, recompute: bool) -> None:
     config, model = build(name)
     expected = loss_and_gradients(model, config, "float32")
     if recompute:
         recompute_layers(model)
     torch._dynamo.reset()
-    if form == "layers":
-        compile_layers(model)
-    else:
-        assert isinstance(model, MaskedAutoencoder)
-        model.losses = torch.compile(model.losses, fullgraph=True)  # type: ignore[method-assign]
+    assert isinstance(model, MaskedAutoencoder)
+    model.losses = torch.compile(model.losses, fullgraph=True)  # type: ignore[method-assign]
     found = loss_and_gradients(model, config, "float32")
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
