@@ -148,8 +148,6 @@ class Sharded(Parallel):
         from torch.distributed.device_mesh import DeviceMesh
 
         super().__init__(rank=rank, world_size=sum(map(len, nodes)))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # FSDP puts everything on the current device
         if len(nodes) == 1:
             self._mesh = DeviceMesh(device.type, torch.tensor(nodes[0]), mesh_dim_names=("shard",))
         else:
@@ -212,6 +210,8 @@ class Sharded(Parallel):
 
 def choose_parallel(config: ScaleConfig, context: WorkerContext, device: torch.device) -> Parallel:
     """The way in which the workers of a run share its model; with several, all must ask at the same time."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # FSDP, and objects that ranks exchange, go to the current one
     if context.world_size == 1:
         return Parallel()
     if config.parallel == "ddp":

@@ -1,7 +1,7 @@
 """DDP, FSDP and hybrid shards train the run of one worker, save what the others load, and repeat their bits after a stop.
 
-Tolerances, in float32: the same sums in another order. Measured over 10 steps, 2 and 4 ranks: losses within 3e-7, norms of the
-gradient within 4e-7 of those of one worker.
+Tolerances, in float32: the same sums in another order. Measured over 10 steps on 2 and 4 ranks, 2026-11-21: the largest
+relative difference from one worker is 2.2e-7 in losses, 1e-7 in norms of the gradient, 6e-8 in evaluation, 4.3e-7 elsewhere.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ RUN = (
     "train.clip_norm=0.3",  # below every norm of these runs
     "train.steps=10",
     "train.ema=0.9",
+    "eval.use_ema=true",
     "eval.every_steps=5",
     "eval.probe_every_steps=5",
     "eval.whitebox_every_steps=5",
@@ -83,16 +84,10 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(folder: Path, alone: Path) -> None:
     """All that one worker recorded, within the rounding of sums."""
-    for prefix, rel in (
-        ("train/loss", 1e-5),
-        ("train/grad_norm", 1e-5),
-        ("eval/", 1e-5),
-        ("norms/", 1e-3),
-        ("whitebox/", 1e-3),
-    ):
+    for prefix in ("train/loss", "train/grad_norm", "eval/", "norms/", "whitebox/"):
         expected = records(alone, prefix)
         assert expected
-        assert records(folder, prefix) == pytest.approx(expected, rel=rel, abs=1e-7), prefix
+        assert records(folder, prefix) == pytest.approx(expected, rel=1e-5, abs=1e-7), prefix
     ours, theirs = state(folder), state(alone)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
@@ -144,9 +139,12 @@ def test_a_run_that_was_stopped_repeats_the_bits_of_the_undisturbed_one_on_three
         config = load_tiny("train.global_batch=9", "train.micro_batch=2", "train.steps=8", *WAYS[way])
         legs += [Leg(config, tmp_path / way), Leg(config, tmp_path / f"{way}-stopped", stop_after=3)]
         legs += [Leg(config, tmp_path / f"{way}-stopped", attempt=2)]
+    uneven = load_tiny("train.global_batch=9", "train.micro_batch=2", "train.steps=8", *WAYS["hybrid"])
+    legs.append(Leg(uneven, tmp_path / "uneven"))
     run_ranks(3, train_legs, legs, scratch=tmp_path / "ranks")
     for way in ("ddp", "fsdp"):
         assert_same_bits(tmp_path / f"{way}-stopped", tmp_path / way)
+    assert_same_bits(tmp_path / "uneven", tmp_path / "fsdp")  # nodes of 2 and 1: shards over all of them, with a warning
 
 
 def count_reductions(rank: int, world_size: int, configs: dict[str, RunConfig], out: str) -> None:
