@@ -440,7 +440,9 @@ def memory_reason(config: RunConfig, *, device_bytes: int) -> str | None:
     share = -(-config.train.global_batch // config.scale.min_workers)
     images = min(config.train.micro_batch or share, share)
     precision: Precision = "float32" if config.train.precision == "float32" else "bfloat16"
-    state, image = training_state_bytes(config.model), activation_bytes(config.model, precision=precision)
+    recompute = config.scale.activation_checkpointing
+    state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None)
+    image = activation_bytes(config.model, precision=precision, recompute=recompute)
     need = MEMORY_MARGIN * (state + images * image) + MEMORY_BASE_BYTES
     if need <= device_bytes:
         return None
