@@ -69,7 +69,7 @@ def explained(config: RunConfig, folder: RunFolder, *, needed: int) -> Iterator[
     Args:
         config: The run's.
         folder: The run's.
-        needed: Bytes that are to be written.
+        needed: Bytes that are to be written; 0 for what is too small to matter.
 
     Raises:
         OSError: One message: the fault, bytes needed and free, and the keys that help.
@@ -81,9 +81,10 @@ def explained(config: RunConfig, folder: RunFolder, *, needed: int) -> Iterator[
         yield
     except OSError as error:
         room = "" if free is None else f" and {bytes_in_words(free)} were free"
+        need = f"; {bytes_in_words(needed)} were to be written to {folder.uri}{room}" if needed else ""
         keep = config.checkpoint
         best = "" if keep.keep_best is None else f" or checkpoint.keep_best ({keep.keep_best})"
         raise OSError(
-            f"{error}; {bytes_in_words(needed)} were to be written to {folder.uri}{room}. Delete what is not needed there, "
-            f"lower checkpoint.keep_last ({keep.keep_last}){best}, or move the runs to another storage.path"
+            f"{error}{need}. Delete what is not needed there, lower checkpoint.keep_last ({keep.keep_last}){best}, or move the "
+            "runs to another storage.path"
         ) from error
