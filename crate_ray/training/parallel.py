@@ -32,7 +32,7 @@ from crate_ray.models import Classifier, MaskedAutoencoder, create_model
 from crate_ray.models.layers import distinct_layers
 from crate_ray.runs import WorkerContext
 from crate_ray.training.checkpoint import Checkpoint
-from crate_ray.training.sharded import describe, local_shards, read_into, shard_name
+from crate_ray.training.sharded import SavedState, local_shards, shard_name
 
 log = logging.getLogger(__name__)
 
@@ -197,14 +197,14 @@ class Sharded(Parallel):
     def read(self, checkpoint: Checkpoint, name: str, model: nn.Module) -> dict[str, Tensor]:
         """See Parallel. A rank reads the files that hold rows of its own."""
         places = dict(model.named_parameters())
-        state = {}
-        for key, (shape, dtype) in describe(checkpoint, name).items():
+        saved, state = SavedState(checkpoint, name), {}
+        for key, (shape, dtype) in saved.describe().items():
             place = places.get(key, places.get(key.partition(".")[2]))
             if place is not None and place.shape == shape:
                 state[key] = torch.empty_like(place, dtype=dtype, requires_grad=False)
             else:
                 state[key] = torch.empty(shape, dtype=dtype)
-        read_into(state, checkpoint, name)
+        saved.read_into(state)
         return state
 
 

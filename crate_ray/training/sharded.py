@@ -10,6 +10,7 @@ A checkpoint of one whole file is read in the same way: as a single shard at off
 """
 
 import json
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from crate_ray.config import ConfigError
 from crate_ray.training.tensor_files import DTYPES
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 _SHARD = re.compile(r"^(.+)\.shard-\d{5}-of-(\d{5})\.safetensors$")
 _SUFFIX = ".safetensors"
@@ -84,70 +85,96 @@ def local_shards(state: Mapping[str, Tensor], *, has_whole: bool) -> tuple[dict[
 
 
 def read_whole(checkpoint: Files, name: str) -> dict[str, Tensor]:
-    """A state with all rows of every tensor, on the CPU."""
-    into = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in describe(checkpoint, name).items()}
-    read_into(into, checkpoint, name)
-    return into
-
-
-def describe(checkpoint: Files, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of every tensor of a state, from the headers of its files."""
-    tensors = _Layout(checkpoint, name).tensors
-    return {key: (found.size, found.properties.dtype) for key, found in tensors.items()}
-
-
-def read_into(state: dict[str, Tensor], checkpoint: Files, name: str) -> None:
-    """Fills tensors, this worker's rows of DTensors, from the files that have these rows; without a collective.
+    """A state with all rows of every tensor, on the CPU.
 
     Raises:
-        ConfigError: The state or a tensor of it is missing, one has another shape, or a file is damaged.
+        ConfigError: The state is not there, or a file of it is damaged.
     """
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    layout = _Layout(checkpoint, name)
-    _refuse_misfits(state, layout, checkpoint, name)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(state, Metadata(state_dict_metadata=dict(layout.tensors)))
-    wanted = defaultdict(list)
-    for item in planner.create_local_plan().items:
-        wanted[layout.homes[item.storage_index]].append(item)
-    for file, items in wanted.items():
-        held = safetensors.torch.load(checkpoint.read_bytes(file))
-        for item in items:
-            rows = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
-            planner.resolve_tensor(item).detach().copy_(held[item.storage_index.fqn][rows])
+    saved = SavedState(checkpoint, name)
+    state = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in saved.describe().items()}
+    saved.read_into(state)
+    return state
 
 
-class _Layout:
-    """What a state consists of, and which file has which part: `tensors` by name, `homes` by name and offset."""
+class SavedState:
+    """A state as its files have it; from their headers, without tensors.
+
+    Args:
+        checkpoint: Whole or sharded.
+        name: Of the state as one file.
+
+    Raises:
+        ConfigError: The checkpoint does not have it.
+    """
 
     def __init__(self, checkpoint: Files, name: str) -> None:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-
-        self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.homes: dict[MetadataIndex, str] = {}
+        self._checkpoint, self._name = checkpoint, name
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._homes: dict[MetadataIndex, str] = {}
         files = files_of(checkpoint, name)
         if not files:
             held = ", ".join(sorted(checkpoint.files)) or "nothing"
             raise ConfigError(f"checkpoint {checkpoint.uri} has no {name}, whole or in shards; it holds: {held}")
         for file in files:
-            header = _read_header(storage.join(checkpoint.uri, file))
-            offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "{}"))
-            for key, entry in header.items():
-                shape = entry["shape"]
-                offset = offsets[key][_OFFSETS] if key in offsets else [0] * len(shape)
-                found = self.tensors.setdefault(key, _empty(entry["dtype"], len(shape)))
-                found.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
-                ends = [at + size for at, size in zip(offset, shape, strict=True)]
-                found.size = torch.Size([max(pair) for pair in zip(found.size, ends, strict=True)])
-                self.homes[MetadataIndex(key, torch.Size(offset))] = file
+            self._add(file)
 
+    def describe(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and type of every tensor."""
+        return {key: (found.size, found.properties.dtype) for key, found in self._tensors.items()}
 
-def _empty(dtype: str, num_axes: int) -> "TensorStorageMetadata":
-    from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
+    def read_into(self, state: dict[str, Tensor]) -> None:
+        """Fills tensors, this worker's rows of DTensors, from the files that have these rows; without a collective.
 
-    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype]), torch.Size([0] * num_axes), [])
+        Raises:
+            ConfigError: A tensor is missing or has another shape, or a file is damaged.
+        """
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.metadata import Metadata
+
+        self._refuse_misfits(state)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(state, Metadata(state_dict_metadata=dict(self._tensors)))
+        wanted = defaultdict(list)
+        for item in planner.create_local_plan().items:
+            wanted[self._homes[item.storage_index]].append(item)
+        for file, items in wanted.items():
+            held = safetensors.torch.load(self._checkpoint.read_bytes(file))
+            for item in items:
+                rows = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+                planner.resolve_tensor(item).detach().copy_(held[item.storage_index.fqn][rows])
+
+    def _add(self, file: str) -> None:
+        """Takes note of what a file has, and where in the tensors it belongs."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        header = _read_header(storage.join(self._checkpoint.uri, file))
+        offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "{}"))
+        for key, entry in header.items():
+            sizes = torch.Size(entry["shape"])
+            at = torch.Size(offsets[key][_OFFSETS] if key in offsets else [0] * len(sizes))
+            ends = torch.Size(map(operator.add, at, sizes))
+            found = self._tensors.setdefault(
+                key, TensorStorageMetadata(TensorProperties(dtype=DTYPES[entry["dtype"]]), ends, [])
+            )
+            found.chunks.append(ChunkStorageMetadata(at, sizes))
+            found.size = torch.Size(map(max, found.size, ends))
+            self._homes[MetadataIndex(key, at)] = file
+
+    def _refuse_misfits(self, state: Mapping[str, Tensor]) -> None:
+        problems = [f"{key} is missing" for key in sorted(state.keys() - self._tensors.keys())]
+        problems += [
+            f"{key} is {tuple(self._tensors[key].size)} there and {tuple(value.shape)} here"
+            for key, value in state.items()
+            if key in self._tensors and self._tensors[key].size != value.shape
+        ]
+        if problems:
+            where = f"{self._name} of checkpoint {self._checkpoint.uri}"
+            raise ConfigError(f"{where} does not fit this run: {'; '.join(problems[:5])}")
 
 
 def _read_header(uri: str) -> dict[str, Any]:
@@ -156,14 +183,3 @@ def _read_header(uri: str) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     return header
-
-
-def _refuse_misfits(state: Mapping[str, Tensor], layout: _Layout, checkpoint: Files, name: str) -> None:
-    problems = [f"{key} is missing" for key in sorted(state.keys() - layout.tensors.keys())]
-    problems += [
-        f"{key} is {tuple(layout.tensors[key].size)} there and {tuple(value.shape)} here"
-        for key, value in state.items()
-        if key in layout.tensors and layout.tensors[key].size != value.shape
-    ]
-    if problems:
-        raise ConfigError(f"{name} of checkpoint {checkpoint.uri} does not fit this run: {'; '.join(problems[:5])}")

@@ -15,7 +15,7 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.models import create_model
 from crate_ray.training.checkpoint import MODEL_FILE, Checkpoint, FileEntry, latest_checkpoint, write_file, write_manifest
 from crate_ray.training.first_weights import load_first_weights, pin_weights
-from crate_ray.training.sharded import files_of, local_shards, read_into, read_whole, shard_name
+from crate_ray.training.sharded import SavedState, files_of, local_shards, read_whole, shard_name
 from crate_ray.training.tensor_files import file_pieces
 
 NAME = MODEL_FILE
@@ -87,7 +87,7 @@ def test_what_every_worker_holds_whole_is_written_once() -> None:
 )
 def test_a_state_that_does_not_fit_is_refused(wanted: dict[str, Tensor], complaint: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        read_into(wanted, checkpoint, NAME)
+        SavedState(checkpoint, NAME).read_into(wanted)
 
 
 def test_a_state_that_is_not_there_is_named(checkpoint: Checkpoint) -> None:
