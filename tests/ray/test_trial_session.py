@@ -20,7 +20,7 @@ from crate_ray.launch.sweeps.generations import Pointer
 from crate_ray.launch.sweeps.rungs import legs_of
 from crate_ray.launch.sweeps.trial_attempt import infeasible_reason
 from crate_ray.launch.sweeps.trial_session import TrialSession, TrialSpec
-from crate_ray.runs import Lease, RunFolder, read_records, read_status
+from crate_ray.runs import Lease, RunFolder, read_interventions, read_records, read_status
 from crate_ray.runs.trials import read_trial
 from crate_ray.training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, latest_checkpoint, list_checkpoints
 from crate_ray.training.health import TrainingDivergedError
@@ -167,6 +167,7 @@ def test_a_loss_that_is_no_number_makes_a_trial_infeasible_for_good(make_trial: 
     row = read_trial(RunFolder(trial["folder"]))
     assert row is not None
     assert row.state == "INFEASIBLE"
+    assert read_interventions(RunFolder(trial["folder"])) == (), "it spends nothing on rollbacks"
     status = read_status(RunFolder(trial["folder"]))
     assert status is not None
     assert (status.state, status.attempt) == ("FAILED", 1)

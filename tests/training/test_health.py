@@ -130,6 +130,9 @@ def test_a_row_of_bad_batches_is_passed_over_from_the_checkpoint_before_it_at_a_
     assert losses[6] != expected[6]
     assert values(folder, "data/epoch")[6] == 9 * BATCH / 48, "step 6 reads the batch after the bad ones"
     assert values(folder, "train/skipped_steps")[10] == 3
+    finals = [(run.read_json("final.json") or {})["values"] for run in (folder, calm)]
+    keys = ("final/rollbacks", "final/skipped_steps")
+    assert [[final.get(key) for key in keys] for final in finals] == [[1, 3], [None, None]], "what comparisons flag it by"
 
 
 @pytest.mark.parametrize(("step", "time"), [(5, 2), (8, 1)])
