@@ -82,8 +82,10 @@ def stop_wished(line: Any) -> bool:
     """
     try:
         return bool(ray.get(line.wish.remote(), timeout=LOOK_S)[0])
-    except ray.exceptions.RayError:
+    except ray.exceptions.ActorDiedError:
         return True
+    except ray.exceptions.RayError:  # too busy to answer; who stops is asked again
+        return False
 
 
 def newest_step(folder: str) -> int:
