@@ -1,6 +1,7 @@
 """Tiny sweeps on the digits, and what became of them."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import TINY
 
 from crate_ray.config import SweepConfig
 from crate_ray.launch.sweeps.driver import SweepOutcome, run_sweep
-from crate_ray.runs import RunFolder, TrialRow, list_trials, read_status
+from crate_ray.runs import RecordTail, RunFolder, TrialRow, list_trials, read_status
 
 MAE = {
     "model.width": 32,
@@ -90,3 +91,23 @@ def attempts(folder: RunFolder) -> dict[str, int]:
 def results(folder: RunFolder) -> dict[str, Any]:
     """The file of results."""
     return dict(json.loads(Path(folder.uri, "results.json").read_text()))
+
+
+def study_states(folder: RunFolder) -> dict[str, int]:
+    """Trials of the search's own database by state."""
+    import optuna
+
+    storage = f"sqlite:///{folder.uri}/study.db"
+    studies = optuna.get_all_study_names(storage)
+    trials = [trial for name in studies for trial in optuna.load_study(study_name=name, storage=storage).trials]
+    return dict(Counter(trial.state.name for trial in trials))
+
+
+def steps_done_twice(folder: RunFolder) -> dict[str, int]:
+    """Steps that were trained more than once, of each run folder below the trials."""
+    twice = {}
+    for path in sorted(Path(folder.uri, "trials").rglob("metrics.jsonl")):
+        records = RecordTail(RunFolder(str(path.parent))).poll()
+        steps = [record.step for record in records if "train/loss" in record.values]
+        twice[str(path.parent.relative_to(folder.uri))] = len(steps) - len(set(steps))
+    return twice

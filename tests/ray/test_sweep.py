@@ -7,7 +7,7 @@ import pytest
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder, read_status
-from sweeps import MAE, attempts, results, run, write_sweep_file
+from sweeps import MAE, attempts, results, run, study_states, write_sweep_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -151,15 +151,6 @@ def test_trials_of_two_workers_leave_nothing_behind(digits: Path, tmp_path: Path
     assert set(outcome.counts) <= {"FINISHED", "STOPPED"}
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     assert groups == []
-
-
-def study_states(folder: RunFolder) -> dict[str, int]:
-    import optuna
-
-    storage = f"sqlite:///{folder.uri}/study.db"
-    studies = optuna.get_all_study_names(storage)
-    trials = [trial for name in studies for trial in optuna.load_study(study_name=name, storage=storage).trials]
-    return dict(Counter(trial.state.name for trial in trials))
 
 
 def test_the_sweep_has_a_status_and_an_identity_of_its_own(digits: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Sweeps whose driver or trial dies, or that are asked to stop, in the middle; the same command again goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from crate_ray.runs import RunFolder, TrialRow, list_trials, read_status
-from sweeps import attempts, run, write_sweep_file
+from sweeps import attempts, run, steps_done_twice, study_states, write_sweep_file
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
@@ -101,3 +102,94 @@ def test_a_killed_trial_is_started_again_and_the_sweep_finishes(path: Path, tmp_
         output, _ = process.communicate(timeout=150)
     assert output.split()[-2:] == ["FINISHED", "None"]  # after what Ray says of the dead process
     assert all(row.is_over for row in list_trials(folder.uri))
+
+
+def killed_driver(path: Path, holds: Callable[[list[TrialRow]], bool]) -> list[TrialRow]:
+    """Kills the driver of a sweep, -9, as soon as its rows hold; the rows as it left them."""
+    folder = RunFolder(str(path.parent / "out" / "tiny"))
+    with driver(path) as process:
+        wait_for(folder, holds)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    return list_trials(folder.uri)
+
+
+def test_a_killed_driver_of_hyperband_goes_on_and_repeats_no_more_than_since_the_checkpoints(
+    digits: Path, tmp_path: Path
+) -> None:
+    path = write_sweep_file(
+        digits,
+        tmp_path,
+        tune={"optimizer.lr": {"loguniform": [1e-4, 1e-2], "num": 5}},
+        scheduler={"type": "hyperband", "grace_steps": 40, "reduction_factor": 3},
+        report_every_steps=20,
+        max_concurrent=2,
+        more={"train.steps": 120},
+    )
+    left = killed_driver(path, lambda rows: any(row.is_over for row in rows) and any(is_between(row) for row in rows))
+    over = {row.id: (row.state, row.step) for row in left if row.is_over}
+    outcome, seen = run(path)
+    assert (outcome.state, len(outcome.rows)) == ("FINISHED", 5)
+    assert all(row.is_over for row in outcome.rows)
+    assert {row.id: (row.state, row.step) for row in outcome.rows if row.id in over} == over
+    assert not set(seen.started) & set(over)
+    twice = steps_done_twice(outcome.folder)
+    print(f"{len(over)} of 5 were over; steps done twice: {twice}")
+    assert max(twice.values()) <= 20
+
+
+def is_between(row: TrialRow) -> bool:
+    """Whether a trial runs, and has reported."""
+    return row.state == "RUNNING" and row.step > 0
+
+
+def test_a_killed_driver_of_a_population_goes_on_with_its_clones_and_their_values(digits: Path, tmp_path: Path) -> None:
+    domain = {"loguniform": [1e-5, 1e-2]}
+    path = write_sweep_file(
+        digits,
+        tmp_path,
+        tune={},
+        space={"optimizer.lr": domain},
+        search={"method": "random"},
+        scheduler={"type": "pbt", "population": 4, "interval_steps": 40, "perturb": {"optimizer.lr": domain}},
+        report_every_steps=20,
+        more={"train.steps": 200},
+    )
+    trials = tmp_path / "out" / "tiny" / "trials"
+    killed_driver(path, lambda rows: any(trials.glob("*/gen_*/generation.json")) and any(is_between(row) for row in rows))
+    before = {clone: clone.read_text() for clone in trials.glob("*/gen_*/generation.json")}
+    outcome, _ = run(path)
+    assert outcome.counts == {"FINISHED": 4}
+    assert all(row.step == 200 for row in outcome.rows)
+    assert {clone: clone.read_text() for clone in before} == before
+    for row in outcome.rows:  # what a trial ended with is what its newest clone says
+        clones = sorted(trials.glob(f"{row.id}/gen_*/generation.json"))
+        if clones:
+            assert row.values == json.loads(clones[-1].read_text())["set"]
+    twice = steps_done_twice(outcome.folder)
+    print(f"{len(before)} clones before; {len(list(trials.glob('*/gen_*')))} after; steps done twice: {twice}")
+    assert max(twice.values()) <= 20
+
+
+def test_what_a_killed_driver_asked_of_its_search_is_marked_failed_and_asked_again(digits: Path, tmp_path: Path) -> None:
+    path = write_sweep_file(
+        digits,
+        tmp_path,
+        tune={"optimizer.lr": {"loguniform": [1e-4, 1e-2]}},
+        search={"method": "tpe"},
+        budget={"trials": 5},
+        report_every_steps=20,
+        max_concurrent=2,
+        more={"train.steps": 200, "checkpoint.every_steps": 20},
+    )
+    left = killed_driver(path, some_are_over_and_one_runs)
+    folder = RunFolder(str(tmp_path / "out" / "tiny"))
+    before = study_states(folder)
+    orphans = {row.id for row in left if not row.is_over}
+    outcome, seen = run(path)
+    print(f"the study before {before}, after {study_states(folder)}")
+    assert before["RUNNING"] >= len(orphans) > 0
+    assert outcome.counts == {"FINISHED": 5}
+    assert study_states(folder) == {"COMPLETE": 5, "FAIL": before["RUNNING"]}
+    assert orphans <= set(seen.started)
+    assert max(steps_done_twice(folder).values()) <= 20
