@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import LONG, check_losses, log_of, stop, wait_for, wait_until_training_goes_on, worker_pids
+from faults import LONG, check_losses, log_of, records_after, stop, wait_for, wait_until_training_goes_on, worker_pids
 from nodes import HEALTH, Nodes
 from test_train_on_ray import arguments, losses_of, wait_for_step
 
@@ -33,10 +33,6 @@ def has_ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def first_step_of(folder: RunFolder, attempt: int) -> int:
-    return min(record.step for record in read_records(folder) if record.attempt == attempt and "train/loss" in record.values)
 
 
 @pytest.mark.timeout(600)
@@ -106,13 +102,15 @@ def test_workers_that_outlive_the_head_write_nothing_into_the_run_of_the_next_dr
 
     started = time.time()
     again = start_driver(*command, environment=restarted.environment)
-    wait_for(lambda: all(map(has_ended, orphans)), "end of the orphans", timeout_s=60)
-    fenced = "attempt 2 has taken over" in log_of(folder)
-    print(f"\nhead killed: its workers ended {time.time() - started:.1f} s later{', by the fence' if fenced else ''}")
+    wait_for(lambda: "attempt 2 has taken over from attempt 1" in log_of(folder), "fence")
+    wait_for(lambda: any(map(has_ended, orphans)), "end of rank 0; the other one fails in its next collective")
+    print(f"\nhead killed: the orphans were fenced {time.time() - started:.1f} s after the same command")
     wait_for(lambda: any(record.attempt == 2 for record in read_records(folder)), "record of the second attempt")
-    print(f"the same command on a new cluster: training again after {time.time() - started:.1f} s")
-    first = first_step_of(folder, 2)
-    wait_for(lambda: max(losses_of(folder)) >= first + 20, "progress")
+    records = records_after(folder, 0.0)
+    first = next(record for record in records if record["attempt"] == 2)
+    print(f"on a new cluster: training again at step {first['step']} after {first['time'] - started:.1f} s")
+    assert max(record["time"] for record in records if record["attempt"] == 1) < first["time"]
+    wait_for(lambda: max(losses_of(folder)) >= first["step"] + 20, "progress")
     stop(again, folder, attempt=2)
     check_losses(folder, overrides)
 
