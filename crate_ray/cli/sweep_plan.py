@@ -15,7 +15,7 @@ from crate_ray.cli.progress import duration
 from crate_ray.cli.sweep_table import shape_of, varying_keys
 from crate_ray.config import SweepConfig, is_exploratory
 from crate_ray.config.prices import NO_PRICE, find_price
-from crate_ray.space import Plan, arm_config, arms, describe_refusals, make_plan
+from crate_ray.space import Plan, describe_refusals, make_plan
 from crate_ray.space.check import check_sweep
 from crate_ray.space.planned import PlannedSweep, planned_sweep
 
@@ -37,9 +37,10 @@ def plan(sweep: SweepConfig, *, measure: bool, as_json: bool) -> None:
     Raises:
         ConfigError: The sweep could not run.
     """
+    from crate_ray.launch.sweeps.driver import num_samples_of
     from crate_ray.launch.sweeps.folder import locate_sweep
 
-    folder, samples = locate_sweep(sweep), num_samples(sweep)
+    folder, samples = locate_sweep(sweep), num_samples_of(sweep)
     check_sweep(sweep, samples)
     found = make_plan(sweep, samples)
     planned = planned_sweep(sweep, found, samples)
@@ -54,13 +55,6 @@ def plan(sweep: SweepConfig, *, measure: bool, as_json: bool) -> None:
         print_json(facts)
     else:
         _print(sweep, facts)
-
-
-def num_samples(sweep: SweepConfig) -> int:
-    """Images of the training data, which the arms of a sweep share."""
-    from crate_ray.data import load_source
-
-    return load_source(arm_config(sweep, next(iter(arms(sweep)))).data.source).num_samples
 
 
 def _room(sweep: SweepConfig) -> dict[str, Any]:

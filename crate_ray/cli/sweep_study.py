@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 from crate_ray.cli.output import errors
 from crate_ray.cli.study import Tracking, say_stopping
 from crate_ray.cli.sweep_forecast import LiveForecast, live_forecast
-from crate_ray.cli.sweep_plan import num_samples
 from crate_ray.cli.sweep_screen import SweepScreen
 from crate_ray.config import SweepConfig
 from crate_ray.runs import RunFolder, TrialRow, list_trials
@@ -113,7 +112,9 @@ class SweepStudy:
 
     def _started(self, folder: RunFolder) -> None:
         """The folder is taken and the cluster is there: says what is done already, opens the mirror, forecasts the rest."""
-        samples = self._num_samples = num_samples(self._sweep)
+        from crate_ray.launch.sweeps.driver import num_samples_of
+
+        samples = self._num_samples = num_samples_of(self._sweep)
         plan = make_plan(self._sweep, samples)
         planned = self._planned = planned_sweep(self._sweep, plan, samples)
         self._refused = dict(plan.refused)

@@ -22,6 +22,7 @@ _PAIRED = (
 )
 """What arms that are paired share, so that step k of each sees the same images."""
 _ONE_PLACE = ("storage.path", "tracking.uri")
+_NOT_PERTURBABLE = ("optimizer.name",)  # another optimizer's state does not fit
 _PERTURBABLE = ("model.mask_ratio", "model.ista_step_size", "model.ista_lambda", "train.clip_norm")
 
 
@@ -202,10 +203,10 @@ def _check_population(sweep: SweepConfig, plan: Plan, steps: int | None) -> None
 
 def _check_perturbed(sweep: SweepConfig, plan: Plan, key: str) -> None:
     """A trial that copies another one changes this key alone, in the middle of its training."""
-    if not key.startswith("optimizer.") and key not in _PERTURBABLE:
+    if key in _NOT_PERTURBABLE or not (key.startswith("optimizer.") or key in _PERTURBABLE):
         raise ConfigError(
             f"scheduler.perturb.{key}: a trial goes on with another one's weights, which this key does not fit; valid: keys of "
-            f"optimizer, {', '.join(_PERTURBABLE)}"
+            f"optimizer but its name, {', '.join(_PERTURBABLE)}"
         )
     for arm in plan.points:
         if followers := depending_on(key, sweep.domains_of(arm))[1:]:

@@ -83,6 +83,10 @@ def test_a_sweep_that_can_be_run_passes(sweep_of: Make, changes: dict[str, Any])
         ({"scheduler": {**PBT, "perturb": {}}}, "pbt changes nothing without scheduler.perturb"),
         ({"scheduler": {**PBT, "perturb": {"model.width": {"grid": [8]}}}}, "goes on with another one's weights"),
         (
+            {"scheduler": {**PBT, "perturb": {"optimizer.name": {"choice": ["adamw", "lion"]}}}},
+            "keys of optimizer but its name",
+        ),
+        (
             {"scheduler": PBT, "space": {"optimizer.weight_decay": {"of": "optimizer.lr", "times": 10}}, "tune": TUNE},
             "optimizer.weight_decay of arm 'mae' follows it, and would keep its old value",
         ),

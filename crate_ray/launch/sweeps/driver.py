@@ -160,7 +160,7 @@ def run_sweep(
         rows = list_trials(folder.uri)
         return SweepOutcome(folder, rows, "FINISHED", spent=_spent_before(folder), was_finished=True)
     Lease.check_free(folder)
-    num_samples = _num_samples(sweep)
+    num_samples = num_samples_of(sweep)
     check_sweep(sweep, num_samples)
     find_price(sweep.budget, sweep.resources_per_trial)  # refuses one that is not known before anything starts
     connect()
@@ -197,7 +197,8 @@ def _is_done(folder: RunFolder, sweep: SweepConfig) -> bool:
     return status is not None and status.state == "FINISHED" and read_sweep(folder) == sweep
 
 
-def _num_samples(sweep: SweepConfig) -> int:
+def num_samples_of(sweep: SweepConfig) -> int:
+    """Images of the training data, which the arms of a sweep share."""
     first = next(iter(arms(sweep)))
     return int(load_source(absolute_paths(arm_config(sweep, first)).data.source).num_samples)
 

@@ -6,11 +6,11 @@ leg goes on from the checkpoint where the cooldown of the one before began, and 
 The price is the cooldowns, of all rungs but the last; in return a rung compares runs that have come to an end.
 """
 
-import math
 from dataclasses import dataclass
 
 from crate_ray.config import RunConfig, SchedulerConfig
 from crate_ray.runs import RunFolder
+from crate_ray.space.expected_steps import rungs
 from crate_ray.training.checkpoint import (
     copy_checkpoint,
     latest_checkpoint,
@@ -56,7 +56,7 @@ def legs_of(config: RunConfig, folder: RunFolder, scheduler: SchedulerConfig, *,
     legs = [Leg(folder, config, total, cooldown_start(config, num_samples))]
     if not is_cooled(config, scheduler):
         return legs
-    for steps in reversed(rung_steps(scheduler, total)):
+    for steps in reversed(rungs(scheduler.grace_steps or 1, scheduler.reduction_factor, total)):
         train = config.train.model_copy(update={"steps": steps, "epochs": None})
         # A warm-up that is a share of the length would make the branches part at once.
         schedule = config.schedule.model_copy(update={"warmup_steps": warmup, "warmup_epochs": None})
@@ -64,16 +64,6 @@ def legs_of(config: RunConfig, folder: RunFolder, scheduler: SchedulerConfig, *,
         run = RunFolder(folder.path(f"rung_{steps:08d}"))
         legs.insert(0, Leg(run, branch, steps, cooldown_start(branch, num_samples)))
     return legs
-
-
-def rung_steps(scheduler: SchedulerConfig, total: int) -> list[int]:
-    """Steps at which asha judges a trial before its end: the same powers as Tune's, rounded up to whole steps."""
-    grace = scheduler.grace_steps or 1
-    steps, number = [], 0
-    while (milestone := grace * scheduler.reduction_factor**number) < total:
-        steps.append(math.ceil(milestone))
-        number += 1
-    return sorted({step for step in steps if step < total})
 
 
 def branch_off(before: Leg, leg: Leg) -> None:
