@@ -27,7 +27,7 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -m "ray and not slow"
 
 test-slow: $(DEV_STAMP)

@@ -33,11 +33,11 @@ from crate_ray.training.first_weights import load_first_weights
 from crate_ray.training.health import Health, RollBack, find_path
 from crate_ray.training.memory import MemoryGuard, OutOfMemory, agreed_micro_batch, release_memory
 from crate_ray.training.monitor import Monitor
-from crate_ray.training.objective import noise_size
 from crate_ray.training.optimizer import create_optimizer, optimizer_tensors, restore_optimizer
 from crate_ray.training.parallel import choose_parallel
 from crate_ray.training.precision import choose_device, make_deterministic, resolve_precision
 from crate_ray.training.profiling import ProfiledSteps, StepProfiler
+from crate_ray.training.reading import TrainingBatches
 from crate_ray.training.saving import CheckpointSaver
 from crate_ray.training.schedule import cooldown_start, describe_rate, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, TrainStep, Votes
@@ -157,7 +157,6 @@ class Trainer:
         watchdog: Watchdog,
     ) -> None:
         self.config, self.folder, self.context, self.watchdog = config, folder, context, watchdog
-        self._open_batches = open_batches
         self.device = choose_device(config.scale.use_gpu, context.local_rank)
         self.precision = resolve_precision(config.train.precision, self.device.type)
         self.num_samples = load_source(config.data.source).num_samples
@@ -181,7 +180,13 @@ class Trainer:
             self._restore(restored)
         self.step = restored.step if restored else 0
         self.train_seconds = restored.train_seconds if restored else 0.0
-        self.reader = self._open_reader(restored.cursor if restored else 0)
+        self.batches = TrainingBatches(
+            config,
+            context,
+            cursor=restored.cursor if restored else 0,
+            num_samples=self.num_samples,
+            open_batches=open_batches,
+        )
         self.train_step = TrainStep(
             self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel, ema=self.ema
         )
@@ -238,31 +243,6 @@ class Trainer:
         dist.broadcast_object_list(found)
         return found[0]
 
-    def _open_reader(self, cursor: int) -> BatchReader:
-        data, context = self.config.data, self.context
-        return self._open_batches(
-            data.source,
-            global_batch=self.config.train.global_batch,
-            rank=context.rank,
-            world_size=context.world_size,
-            seed=self.config.train.seed,
-            cursor=cursor,
-            lanes=data.lanes,
-            window=data.window,
-            num_loaders=data.num_loaders,
-            image_size=self.config.model.image_size,
-            augment=data.augment,
-            crop_scale=data.crop_scale,
-            flip=data.flip,
-            noise_size=noise_size(self.config),
-            max_pixels=data.max_pixels,
-            on_error=data.on_error,
-            max_replaced_fraction=data.max_replaced_fraction,
-            loader_timeout_s=data.loader_timeout_s,
-            cache_dir=data.cache_dir,
-            cache_bytes=data.cache_bytes,
-        )
-
     def run(self) -> LoopResult:
         """The loop."""
         if self.step == 0 and self.evaluator is not None and self.config.eval.whitebox_every_steps:
@@ -272,7 +252,7 @@ class Trainer:
         evaluated: dict[str, float] = {}
         while self.step < self.total and not self.is_stopping:
             with self.monitor.reading(self.step + 1):
-                batch = self._next_batch()
+                batch = self.batches.next_batch(self.health.next_cursor)
             lr = self._learning_rate()
             votes = self._votes()
             with self.memory.watching(self.step + 1):
@@ -283,7 +263,7 @@ class Trainer:
             self.watchdog.feed(f"step {self.step + 1}")
             self.context.heartbeat(self.step)
             if self._is_due(self.config.eval.log_every_steps):
-                self.monitor.log(self.step, lr=lr, others=self._epochs() | self.health.metrics())
+                self.monitor.log(self.step, lr=lr, others=self.batches.epochs() | self.health.metrics())
             with self.watchdog.patient("evaluation"):
                 evaluated = self._evaluate() if not self.is_stopping or self.step == self.total else {}
             if self.is_saving or self.step == self.cooldown or self.saver.is_due(self.step, evaluated):
@@ -312,18 +292,10 @@ class Trainer:
 
     def close(self) -> None:
         """Stops the loader threads and flushes the records."""
-        self.reader.close()
+        self.batches.close()
         self.monitor.close()
         self.saver.close()
         self.sink.close()
-
-    def _next_batch(self) -> Batch:
-        """The next one that no intervention passes over."""
-        cursor = self.reader.state_dict()["cursor"]
-        if (ahead := self.health.next_cursor(cursor)) != cursor:
-            self.reader.close()
-            self.reader = self._open_reader(ahead)
-        return next(self.reader)
 
     def _learning_rate(self) -> float:
         return self.health.lr_factor(self.step) * learning_rate(
@@ -343,7 +315,7 @@ class Trainer:
     def _votes(self) -> Votes:
         """Rank 0's clock decides when to save; the others follow its vote."""
         is_overdue = self.context.rank == 0 and self.saver.is_overdue()
-        return Votes(self.context.stop_requested(), is_overdue, self.reader.replaced_samples, self.saver.written)
+        return Votes(self.context.stop_requested(), is_overdue, self.batches.replaced_samples, self.saver.written)
 
     def _settle(self, pending: PendingOutcome, batch: Batch) -> None:
         """Reads outcomes one step late on a GPU, so that it is never waited for; at once where a number is due.
@@ -392,13 +364,6 @@ class Trainer:
             values["perf/images_per_s"] = self.monitor.images_per_s
         return values
 
-    def _epochs(self) -> dict[str, float]:
-        """Passes over the data; of a mix, over the samples of all its data sets together and over each."""
-        passes = {"data/epoch": self.reader.state_dict()["cursor"] / self.num_samples}
-        if self.config.data.mix is not None:
-            passes |= {f"data/epoch_{number}": value for number, value in enumerate(self.reader.epochs)}
-        return passes
-
     def _measure_whitebox(self, model: MaskedAutoencoder | Classifier) -> dict[str, float]:
         """What each layer does to the frozen batch, where it is due. On rank 0 alone, and without a collective."""
         if self.whitebox is None or not self._is_due(self.config.eval.whitebox_every_steps):
@@ -419,7 +384,7 @@ class Trainer:
             self.is_saving = True  # once a step is finite again: weights are saved when they are known to give numbers
             return
         state = {
-            "cursor": self.reader.state_dict()["cursor"],
+            "cursor": self.batches.cursor,
             "train_seconds": self.train_seconds,
             "evaluation": {key: value for key, value in evaluated.items() if key.startswith("eval/")},
             "health": self.health.state(),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from finished_runs import train
-from test_workers import run_processes
+from gloo_ranks import run_ranks
+from test_workers import work
 from torch.nn import functional
 from torchvision.io import encode_png
 
@@ -184,7 +185,7 @@ def test_two_workers_train_the_classifier_of_one(kind: str, load_tiny: LoadTiny,
     config = load_tiny(*CLASSIFIERS[kind], *MIXED, "eval.every_steps=4", "train.steps=8")
     alone = RunFolder(str(tmp_path / "alone"))
     run_training(config, alone, LocalContext())
-    run_processes(2, config, tmp_path / "shared")
+    run_ranks(2, work, config, str(tmp_path / "shared"), scratch=tmp_path / "shared")
     shared = RunFolder(str(tmp_path / "shared" / "whole"))
     found, expected = ({(s, k): v for s, k, v in series(folder)} for folder in (shared, alone))
     assert found.keys() == expected.keys()
