@@ -109,6 +109,7 @@ class Nodes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(families, timeout=10)
+        self._host.stdout.close()  # type: ignore[union-attr]
         self._log.close()
 
     def _ask(self, line: str) -> dict[str, Any]:
