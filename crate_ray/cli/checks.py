@@ -267,7 +267,7 @@ def check_ray() -> list[Check]:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return [
-            Check("Ray", "ok", f"{_version('ray')}; RAY_ADDRESS is not set: runs join a cluster of this machine, or start one")
+            Check("Ray", "ok", f"{_version('ray')}; RAY_ADDRESS is not set: a run starts a cluster of its own on this machine")
         ]
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdigit():

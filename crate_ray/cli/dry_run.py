@@ -47,7 +47,8 @@ def dry_run(config: RunConfig, *, mfu: float, as_json: bool) -> None:
     folder = locate_run(config)
     device, rows = _find_device(config)
     facts = _facts(config, folder, device, mfu=mfu)
-    rows = [*checks.check_storage(config.storage.path), *_check_room(config, facts), *rows]
+    storage_rows = [row for row in checks.check_storage(config.storage.path) if row.name != "disk"]  # judged for this run below
+    rows = [*storage_rows, *_check_room(config, folder, facts), *rows]
     found = {**facts, "checks": [asdict(row) for row in rows]}
     if as_json:
         print_json({**found, "config": config.model_dump(mode="json")})
@@ -220,7 +221,8 @@ def _find_device(config: RunConfig) -> tuple[str, list[Check]]:
         except ConfigError as error:
             return _device_of(config, have), [Check("Ray", "fail", str(error), "correct RAY_ADDRESS, or unset it")]
         have = cluster.capacity()
-        return _device_of(config, have), [*rows, _check_workers(config, have, where="the cluster", state="fail")]
+        rows = [*rows, _check_workers(config, have, where="the cluster", state="fail"), *_check_decoding(config)]
+        return _device_of(config, have), rows
     if is_cluster:
         return _device_of(config, have), rows
     return _device_of(config, have), [_check_workers(config, have, where="this machine", state="warn")]
@@ -256,13 +258,30 @@ def _check_workers(config: RunConfig, have: "Capacity", *, where: str, state: Li
     return Check("workers", state, found, f"lower scale.num_workers or scale.cpus_per_worker, or add nodes{ask}")
 
 
-def _check_room(config: RunConfig, facts: Mapping[str, Any]) -> list[Check]:
+def _check_decoding(config: RunConfig) -> list[Check]:
+    """A row where workers leave no CPU of the cluster to those that decode for them."""
+    from crate_ray.launch.cluster import check_preprocessing
+
+    try:
+        check_preprocessing(config)
+    except ConfigError as error:
+        return [Check("decoding", "fail", str(error))]
+    return []
+
+
+def _check_room(config: RunConfig, folder: RunFolder, facts: Mapping[str, Any]) -> list[Check]:
     """A row where the checkpoints do not fit on the disk."""
     from crate_ray import storage
+    from crate_ray.training.disk_space import held_bytes
 
     free = storage.free_bytes(config.storage.path)
-    if free is None or free >= facts["checkpoint_bytes_in_all"]:
+    if free is None:
         return []
-    found = f"checkpoints take {bytes_in_words(facts['checkpoint_bytes_in_all'])}, and {bytes_in_words(free)} are free"
-    state: Literal["warn", "fail"] = "fail" if free < 2 * facts["checkpoint_bytes"] else "warn"  # as the run itself has it
+    room = free + held_bytes(folder)
+    if room >= facts["checkpoint_bytes_in_all"]:
+        return []
+    found = (
+        f"checkpoints take {bytes_in_words(facts['checkpoint_bytes_in_all'])}, and {bytes_in_words(room)} are there for them"
+    )
+    state: Literal["warn", "fail"] = "fail" if room < 2 * facts["checkpoint_bytes"] else "warn"  # as the run itself has it
     return [Check("disk", state, found, "free some, lower checkpoint.keep_last, or use another storage.path")]

@@ -222,9 +222,10 @@ class ShownRun:
     def _left(self, now: float) -> str | None:
         if self.is_done:
             return f"in {duration((self._last_record or now) - self._first_record)}"
-        if len(self._points) < 2:
+        points = list(self._points)  # the screen's thread reads while the other one writes
+        if len(points) < 2:
             return None
-        (first_step, first_time), (last_step, last_time) = self._points[0], self._points[-1]
+        (first_step, first_time), (last_step, last_time) = points[0], points[-1]
         left_s = (last_time - first_time) / (last_step - first_step) * (self._total - last_step) - (now - last_time)
         return f"{duration(max(left_s, 0.0))} left"
 

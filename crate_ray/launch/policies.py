@@ -69,7 +69,7 @@ class RestartPolicy(FailurePolicy):
         except OSError as error:  # a store that refuses for a moment; the count stands
             log.warning("cannot list checkpoints: %s", error)
             return
-        if step > self._step:
+        if step != self._step:  # less after a rollback, which is no standstill either
             self._step = step
             self._failures = self._starts = 0
 
@@ -128,7 +128,10 @@ class ElasticPolicy(ElasticScalingPolicy):
         """Asks the workers to pause instead of resizing; they leave with an error of their own, and new ones start."""
         if self._asked is not None:
             asked_at, wanted = self._asked
-            return wanted if time.monotonic() - asked_at > self._grace_s else NoopDecision()
+            if time.monotonic() - asked_at <= self._grace_s:
+                return NoopDecision()
+            self._asked = None  # the group that comes next was asked nothing yet
+            return wanted
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision):
             self._asked = time.monotonic(), decision
@@ -143,6 +146,9 @@ class ElasticPolicy(ElasticScalingPolicy):
             )
         except ray.exceptions.RayError as error:
             log.warning("cannot look at the cluster: %s", error)
+            self.__dict__.pop(
+                "_autoscaling_coordinator", None
+            )  # it may have died with its node; the next look finds the new one
             return None
         usable = usable_nodes(reserved)
         return {node: resources for node, resources in reserved.items() if node in usable}

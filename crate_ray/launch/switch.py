@@ -96,7 +96,7 @@ class StopSwitch:
         try:
             with storage.retry_deadline(FENCE_S):
                 status = read_status(self._folder)
-        except OSError:
+        except (OSError, ValueError, TypeError):  # out of reach, or written by a program that is newer than this one
             return
         self._fenced = time.monotonic()
         if status is not None and status.attempt > self._attempt:

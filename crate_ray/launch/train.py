@@ -141,7 +141,7 @@ def _follow(
             return "KILLED", f"{signals.name}; no checkpoint within {grace_s:.0f} s, the run goes on from the one before"
     state, reason = fit.end()
     if fit.error is not None and signals.received is not None:
-        return "KILLED", f"{signals.name}; no checkpoint was written, the run goes on from the one before ({reason})"
+        return "KILLED", f"{signals.name}; the run goes on from its newest checkpoint ({reason})"
     if state == "KILLED":
         cause = signals.name if signals.received is not None else "the workers lost the driver"
         reason = f"{cause}; a checkpoint was written"

@@ -4,6 +4,7 @@ In: a payload of plain values from the driver. Out: how the loop ended, as a pla
 else goes to the run folder. Checkpoints are ours: Ray is only told that one exists, without a copy.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -81,7 +82,8 @@ class RayContext:
         """Rank 0 of a followed run waits until the driver has seen the values; the others wait for it in their next step."""
         if self._is_followed:
             self._post({"step": step, "values": dict(values)}, wait=True)
-            self._switch.ask()  # the next step carries a wish to the others, half a second before the watch would
+            with contextlib.suppress(ray.exceptions.RayError):  # busy or gone: the watch asks again, and decides
+                self._switch.ask()  # the next step carries a wish to the others, half a second before the watch would
 
     def finish(self) -> None:
         """Gives Ray some seconds to hear of the last checkpoints."""

@@ -24,6 +24,7 @@ State = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 LEASE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 15.0
 SETTLE_SECONDS = 2.0
+_RETRY_SECONDS = 5.0  # after a beat that could not be written
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,11 @@ class Lease:
                 self._folder.write_json("lease.json", self._body(now))
                 write_status(self._folder, self.status)
         except OSError as error:
-            # A store that refuses for a moment must not end a run; the lease lasts four beats.
+            # A store that refuses must not end a run: whether another driver has taken it meanwhile is looked at before each beat.
             log.warning("no heartbeat in %s: %s", self._folder.uri, error)
-            if force or time.monotonic() - self._last_beat > LEASE_SECONDS:
+            if force:
                 raise
+            self._last_beat = time.monotonic() - HEARTBEAT_SECONDS + _RETRY_SECONDS
             return
         self._last_beat = time.monotonic()
 

@@ -441,7 +441,9 @@ def memory_reason(config: RunConfig, *, device_bytes: int) -> str | None:
     images = min(config.train.micro_batch or share, share)
     precision: Precision = "float32" if config.train.precision == "float32" else "bfloat16"
     recompute = config.scale.activation_checkpointing
-    state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None)
+    # Of a hybrid, shards depend on the nodes; whole workers are the bound that refuses nothing that fits.
+    shards = config.scale.min_workers if config.scale.parallel == "fsdp" else 1
+    state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None) // shards
     image = activation_bytes(config.model, precision=precision, recompute=recompute)
     need = MEMORY_MARGIN * (state + images * image) + MEMORY_BASE_BYTES
     if need <= device_bytes:

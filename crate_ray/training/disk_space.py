@@ -31,6 +31,11 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return moments + _FLOAT32 * parameters.total * (2 if keeps_average else 1)
 
 
+def held_bytes(folder: RunFolder) -> int:
+    """What the checkpoints of a run take now; new ones take their place."""
+    return sum(int(entry["bytes"]) for checkpoint in list_checkpoints(folder) for entry in checkpoint.files.values())
+
+
 def check_disk_space(config: RunConfig, folder: RunFolder) -> None:
     """Refuses a local disk that cannot hold two checkpoints; warns where it cannot hold all that are to be kept, and one more.
 
@@ -45,7 +50,7 @@ def check_disk_space(config: RunConfig, folder: RunFolder) -> None:
     if free is None:
         return
     size = checkpoint_bytes(config)
-    held = sum(int(entry["bytes"]) for checkpoint in list_checkpoints(folder) for entry in checkpoint.files.values())
+    held = held_bytes(folder)
     kept = config.checkpoint.keep_last + (config.checkpoint.keep_best or 0)
     fits = (free + held) // size
     figures = f"a checkpoint takes about {bytes_in_words(size)} and {bytes_in_words(free + held)} are there for them"

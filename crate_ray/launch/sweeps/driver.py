@@ -334,13 +334,15 @@ class _Run:
 
     def _prime(self, experiment: Experiment, roster: Roster, over: Sequence[TrialRow]) -> None:
         for row in over:
+            self.lease.beat()  # folders are read one by one, which takes a while in a bucket
             try:
                 planned = roster.plan(_point(row))
+                legs = legs_of(planned.run, planned.folder, self.sweep.scheduler, num_samples=self.num_samples)
+                reports = past_reports(row, legs, self.sweep.scheduler)
             except (ConfigError, OSError) as error:
                 log.warning("trial %s of an earlier session is left out of the rungs: %s", row.id, error)
                 continue
-            legs = legs_of(planned.run, planned.folder, self.sweep.scheduler, num_samples=self.num_samples)
-            experiment.scheduler.prime(row.id, planned.entry, past_reports(row, legs, self.sweep.scheduler))
+            experiment.scheduler.prime(row.id, planned.entry, reports)
 
     def _size_bounds(self, stage: str) -> list[float]:
         scheduler = self.sweep.scheduler
