@@ -149,7 +149,7 @@ class Lease:
                 self._folder.write_json("lease.json", self._body(now))
                 write_status(self._folder, self.status)
         except OSError as error:
-            # A store that refuses must not end a run: whether another driver has taken it meanwhile is looked at before each beat.
+            # A store that refuses must not end a run; before each beat is a look whether another driver has taken it.
             log.warning("no heartbeat in %s: %s", self._folder.uri, error)
             if force:
                 raise

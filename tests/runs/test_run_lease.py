@@ -81,6 +81,25 @@ def test_a_beat_is_seen_in_lease_and_status_and_costs_nothing_when_it_comes_too_
     assert status.heartbeat == renewed["heartbeat"]
 
 
+def test_a_store_that_takes_no_beat_for_longer_than_a_lease_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.02), ("LEASE_SECONDS", 0.05), ("_RETRY_SECONDS", 0.02)):
+        monkeypatch.setattr(f"crate_ray.runs.status.{name}", seconds)
+    lease = Lease.take(RunFolder(str(tmp_path)))
+    held = (tmp_path / "lease.json").read_bytes()
+    (tmp_path / "lease.json").unlink()
+    (tmp_path / "lease.json").mkdir()  # neither read nor replaced, as on a store that refuses
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        lease.beat()
+    assert "no heartbeat" in caplog.text
+    (tmp_path / "lease.json").rmdir()
+    (tmp_path / "lease.json").write_bytes(held)
+    lease.beat(force=True)
+    lease.end("FINISHED")
+
+
 def test_a_driver_that_slept_while_another_took_over_leaves_the_run_alone(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     lease = Lease.take(folder)
