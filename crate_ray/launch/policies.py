@@ -147,8 +147,9 @@ class ElasticPolicy(ElasticScalingPolicy):
         except ray.exceptions.RayError as error:
             log.warning("cannot look at the cluster: %s", error)
             # It may have died with its node: the next look finds or makes another one, and asks it for room at once.
-            self._coordinator_client.__dict__.pop("_autoscaling_coordinator", None)
-            self._coordinator_client._latest_autoscaling_request_time = float("-inf")
+            if (client := self._coordinator_client) is not None:
+                client.__dict__.pop("_autoscaling_coordinator", None)
+                client._latest_autoscaling_request_time = float("-inf")
             return None
         usable = usable_nodes(reserved)
         return {node: resources for node, resources in reserved.items() if node in usable}
