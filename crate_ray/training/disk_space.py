@@ -21,6 +21,7 @@ from crate_ray.training.checkpoint import list_checkpoints
 log = logging.getLogger(__name__)
 
 _FLOAT32 = 4
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -89,7 +90,10 @@ def explained(config: RunConfig, folder: RunFolder, *, needed: int) -> Iterator[
         need = f"; {bytes_in_words(needed)} were to be written to {folder.uri}{room}" if needed else ""
         keep = config.checkpoint
         best = "" if keep.keep_best is None else f" or checkpoint.keep_best ({keep.keep_best})"
-        raise OSError(
-            f"{error}{need}. Delete what is not needed there, lower checkpoint.keep_last ({keep.keep_last}){best}, or move the "
-            "runs to another storage.path"
-        ) from error
+        fix = "Look after the store, or move the runs to another storage.path"
+        if error.errno in _NO_ROOM:
+            fix = (
+                f"Delete what is not needed there, lower checkpoint.keep_last ({keep.keep_last}){best}, or move the runs to "
+                "another storage.path"
+            )
+        raise OSError(f"{error}{need}. {fix}") from error

@@ -82,12 +82,16 @@ class Evaluator:
         bank = self._features(model, source, spread_ids(index.num_samples, self._config.eval.knn_images))
         queries = self._features(model, self._eval_url, self._eval_ids)
         model.train()
-        return knn_top1(
+        top1 = knn_top1(
             torch.from_numpy(bank.mean_ND),
             torch.from_numpy(bank.labels_N),
             torch.from_numpy(queries.mean_ND),
             torch.from_numpy(queries.labels_N),
         )
+        if self._world_size > 1:  # other processors may break a tie another way, and ranks decide by this number what they save
+            mine = torch.tensor([top1 if self._rank == 0 else 0.0], dtype=torch.float64)
+            top1 = float(_all_reduce(mine, next(model.parameters()).device))
+        return top1
 
     @cached_property
     def _bank(self) -> tuple[Source, ShardIndex] | None:

@@ -208,8 +208,8 @@ class Health:
         """After a RollBack: rank 0 writes down where the run goes back to and what it does differently from there on.
 
         It goes back to the newest checkpoint from before the row of skipped steps. Where the last rollback went there too, and
-        not one finite step came of it, the weights there are no good: it goes back to the one before that. Without any,
-        the run begins again with its first weights.
+        not one finite step came of it, the weights there are no good: it goes back to the one before that, but never behind the
+        oldest, which a fault that stays would delete. Without any, the run begins again with its first weights.
         """
         if self._context.rank != 0:
             return
@@ -217,8 +217,9 @@ class Health:
         streak, steps = self._streak, [checkpoint.step for checkpoint in list_checkpoints(self._folder)]
         last = self.interventions[-1].from_step if self.interventions else None
         limit = last if last == streak.first_step - 1 else streak.first_step
+        good = [step for step in steps if step < streak.first_step]
         intervention = Intervention(
-            from_step=max((step for step in steps if step < limit), default=0),
+            from_step=max((step for step in good if step < limit), default=min(good, default=0)),
             first_step=streak.first_step,
             last_step=streak.last_step,
             skipped_steps=streak.skipped_steps,

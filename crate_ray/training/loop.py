@@ -180,13 +180,6 @@ class Trainer:
             self._restore(restored)
         self.step = restored.step if restored else 0
         self.train_seconds = restored.train_seconds if restored else 0.0
-        self.batches = TrainingBatches(
-            config,
-            context,
-            cursor=restored.cursor if restored else 0,
-            num_samples=self.num_samples,
-            open_batches=open_batches,
-        )
         self.train_step = TrainStep(
             self.model, self.optimizer, config, precision=self.precision, parallel=self.parallel, ema=self.ema
         )
@@ -227,6 +220,13 @@ class Trainer:
             restored=restored.step if restored else None,
         )
         self._saved_step = self.step if restored else -1
+        self.batches = TrainingBatches(  # last, so that nothing can fail beside running loaders
+            config,
+            context,
+            cursor=restored.cursor if restored else 0,
+            num_samples=self.num_samples,
+            open_batches=open_batches,
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(self.parallel.read(checkpoint, MODEL_FILE, self.model))
@@ -330,9 +330,10 @@ class Trainer:
             pending, batch = self._pending.popleft()
             outcome, step = pending.read(), self.step - len(self._pending)
             self.monitor.observe(step, outcome)
-            self.health.see(
-                step, outcome, cursor_after=batch.cursor_after, locate=partial(self.train_step.find_non_finite, batch)
-            )
+            with self.memory.watching(step):  # the search for a layer runs the batch uncompiled
+                self.health.see(
+                    step, outcome, cursor_after=batch.cursor_after, locate=partial(self.train_step.find_non_finite, batch)
+                )
             self.is_stopping = self.is_stopping or outcome.stop
             self.is_saving = self.is_saving or outcome.save
             self.saver.settle(outcome.written)

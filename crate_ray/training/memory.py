@@ -23,7 +23,14 @@ log = logging.getLogger(__name__)
 
 _FILE = "micro_batch.json"
 _GIB = 2**30
-_ALLOCATORS = ("DefaultCPUAllocator", "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ALLOCATORS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 """How allocators that raise a plain RuntimeError name themselves."""
 
 
@@ -129,10 +136,13 @@ class MemoryGuard:
 
     def _figures(self) -> str:
         """What a worker needs, in closed form, and what would make it less."""
-        state = training_state_bytes(self._config.model) / _GIB
-        images = activation_bytes(self._config.model, precision=self._precision) * self._micro_batch / _GIB
+        config, recompute = self._config, self._config.scale.activation_checkpointing
+        keeps_average = config.train.ema is not None
+        state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=keeps_average) / _GIB
+        image = activation_bytes(config.model, precision=self._precision, recompute=recompute) / _GIB
+        also = "" if recompute else "scale.activation_checkpointing: true, "
         return (
             f"Weights, gradients and moments take {state:.2f} GiB, what the backward pass needs of {self._micro_batch} "
-            f"image(s) {images:.2f} GiB, temporaries not counted: use a smaller model, train.precision: bfloat16, "
-            "scale.activation_checkpointing: true, or a device with more memory"
+            f"image(s) {self._micro_batch * image:.2f} GiB, temporaries not counted: use a smaller model, "
+            f"train.precision: bfloat16, {also}or a device with more memory"
         )

@@ -34,11 +34,13 @@ class TrainingBatches:
     ) -> None:
         self._config, self._context, self._num_samples = config, context, num_samples
         self._open_batches = open_batches
+        self._replaced = 0  # by readers before this one
         self._reader = self._open(cursor)
 
     def next_batch(self, place: Callable[[int], int]) -> Batch:
         """The next one; `place` says where to read on from a cursor, which is elsewhere where batches are passed over."""
         if (ahead := place(self.cursor)) != self.cursor:
+            self._replaced += self._reader.replaced_samples
             self._reader.close()
             self._reader = self._open(ahead)
         return next(self._reader)
@@ -51,7 +53,7 @@ class TrainingBatches:
     @property
     def replaced_samples(self) -> int:
         """Samples that this rank had to replace."""
-        return self._reader.replaced_samples
+        return self._replaced + self._reader.replaced_samples
 
     def epochs(self) -> dict[str, float]:
         """Passes over the data; of a mix, over the samples of all its data sets together and over each."""

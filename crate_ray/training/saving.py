@@ -128,6 +128,7 @@ class CheckpointSaver:
         self._write: _Write | None = None
         self._number = 0
         self._failures = 0
+        self._lost: tuple[int, str] | None = None  # the newest, where it was not written
         self._newest = restored
         self._finished: list[int] = []
         self._saved_at = time.monotonic()
@@ -219,6 +220,9 @@ class CheckpointSaver:
         """
         write = self._write
         if write is None:
+            # With `checkpoint.wait` the fault was seen at once, when nobody knew that it was the last one.
+            if is_last and self._lost is not None:
+                raise CheckpointError(self._verdict(*self._lost, is_last=True))
             return
         self._join(write)
         total = self._sum(write.counted)
@@ -281,12 +285,13 @@ class CheckpointSaver:
     def _end(self, write: _Write, *, is_whole: bool, is_last: bool = False) -> None:
         self._write = None
         if is_whole:
-            self._failures, self._newest = 0, write.step
+            self._failures, self._newest, self._lost = 0, write.step, None
             self._finished.append(write.step)
             return
         self._failures += 1
         self._best = [(value, step) for value, step in self._best if step != write.step]
         reason = self._shared_reason(write)
+        self._lost = write.step, reason
         if is_last or self._failures >= MAX_FAILURES:
             raise CheckpointError(self._verdict(write.step, reason, is_last=is_last))
         if self._ranks.rank == 0:

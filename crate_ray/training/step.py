@@ -199,13 +199,21 @@ class TrainStep:
 
 
 class PendingOutcome:
-    """A step's numbers, which the device may still be computing."""
+    """A step's numbers, which the device may still be computing.
+
+    From a GPU they are copied as soon as they are there: to ask for them later would wait for the steps that were queued since.
+    """
 
     def __init__(self, shared: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        self._shared = shared
-        self._grad_norm = grad_norm
+        numbers = torch.cat([shared, grad_norm.detach().view(1)])
+        self._numbers, self._arrived = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
 
     def read(self) -> StepOutcome:
         """Waits for the step."""
-        loss, stops, saves, replaced, written = self._shared.tolist()
-        return StepOutcome(loss, float(self._grad_norm), stops > 0, saves > 0, round(replaced), round(written))
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, stops, saves, replaced, written, grad_norm = self._numbers.tolist()
+        return StepOutcome(loss, grad_norm, stops > 0, saves > 0, round(replaced), round(written))

@@ -103,7 +103,8 @@ class Watchdog:
         """Writes the trace, in a thread of its own, for the store may be what hangs; then ends the process."""
         text = self._trace()
         log.error("%s", text.partition("\n")[0])
-        faulthandler.cancel_dump_traceback_later()
+        # Whoever reads standard error may have stopped too, and writing there would wait for ever.
+        faulthandler.dump_traceback_later(_WRITE_S + 10, file=self._fallback or sys.stderr, exit=True)
         writer = threading.Thread(target=self._write, args=(text,), daemon=True)
         writer.start()
         writer.join(_WRITE_S)
@@ -141,5 +142,6 @@ class Watchdog:
 
     def _drop_if_empty(self, name: str) -> None:
         path = storage.local_path(self._folder.path(_FOLDER, name))
-        if path.stat().st_size == 0:
-            path.unlink()
+        with suppress(FileNotFoundError):  # somebody cleaned up
+            if path.stat().st_size == 0:
+                path.unlink()

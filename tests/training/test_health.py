@@ -185,6 +185,18 @@ def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before_it(load_tiny
     assert all(torch.isfinite(tensor).all() for tensor in tensors(folder, 4).values()), "written anew on the new path"
 
 
+def test_a_fault_that_stays_leaves_the_oldest_checkpoint(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    """Whatever is read, no step is finite any more: rollbacks end, and what they go back to is still there."""
+    folder = RunFolder(str(tmp_path / "run"))
+    config = load_tiny("checkpoint.every_steps=2", "checkpoint.keep_last=2", "health.max_skipped=2", "train.steps=20")
+    run_training(config, folder, StoppedAt(8))
+    assert [c.step for c in list_checkpoints(folder)] == [6, 8]
+    with pytest.raises(TrainingDivergedError):
+        run_training(config, folder, LocalContext(2), open_batches=without_numbers(range(40 * BATCH)))
+    assert [item.from_step for item in read_interventions(folder)] == [8, 6, 6]
+    assert [c.step for c in list_checkpoints(folder)] == [6]
+
+
 def test_a_checkpoint_that_a_rollback_went_behind_is_never_resumed_from(load_tiny: LoadTiny, tmp_path: Path) -> None:
     """The process dies between writing the intervention down and going back: interventions.json alone knows."""
     folder, whole = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "whole"))
