@@ -158,7 +158,11 @@ def list_dir(uri: str) -> list[str]:
     if is_web(uri):
         return sorted(retrying(lambda: web.list_dir(uri), f"list {uri}"))
     store, path = open_store(uri)
-    infos = _repeat(uri, "list", lambda: store.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+    selector = fs.FileSelector(path, allow_not_found=True)
+    try:
+        infos = _repeat(uri, "list", lambda: store.get_file_info(selector))
+    except FileNotFoundError:  # it was made between pyarrow's failure to list it and its look whether it exists
+        infos = _repeat(uri, "list", lambda: store.get_file_info(selector))
     return sorted(info.base_name for info in infos if info.base_name)
 
 
