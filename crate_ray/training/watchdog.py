@@ -69,14 +69,17 @@ class Watchdog:
                 storage.local_path(self._folder.path(_FOLDER)).rmdir()
 
     def feed(self, doing: str, *, is_long: bool = False) -> None:
-        """Progress was made; costs three assignments.
+        """Progress was made; costs three assignments, and after a long phase the start of a timer.
 
         Args:
             doing: What comes next, for the trace.
             is_long: Whether that may take LONG times the limit.
         """
         limit_s = LONG * self._timeout_s if is_long else self._timeout_s
+        is_shorter = limit_s < self._limit_s
         self._fed_at, self._limit_s, self._doing = time.monotonic(), limit_s, doing
+        if is_shorter:  # the thread may never come to it: what follows could be what holds Python's lock for good
+            self._set_timer()
 
     @contextmanager
     def patient(self, doing: str) -> Iterator[None]:
