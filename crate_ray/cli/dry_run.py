@@ -141,12 +141,12 @@ def _memory(config: RunConfig, rows: int, precision: str) -> dict[str, int]:
     from crate_ray.models import memory
     from crate_ray.training.disk_space import checkpoint_bytes
 
-    model, scale, keeps_ema = config.model, config.scale, config.train.ema is not None
+    model, scale = config.model, config.scale
     at_once = min(config.train.micro_batch or rows, rows)
     shards = scale.min_workers if scale.parallel == "fsdp" and not scale.hybrid_shard else 1
-    state = memory.training_state_bytes(model, optimizer=config.optimizer.name, ema=keeps_ema) // shards
+    state = memory.run_state_bytes(config) // shards
     product: memory.Precision = "bfloat16" if precision == "bfloat16" else "float32"
-    activations = at_once * memory.activation_bytes(model, precision=product, recompute=scale.activation_checkpointing)
+    activations = at_once * memory.run_activation_bytes(config, precision=product)
     pixels = 3 * model.image_size**2
     noise = model.num_patches if config.task == "pretrain" else 0
     return {

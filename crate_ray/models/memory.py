@@ -22,7 +22,7 @@ Where layers are recomputed, each keeps its input alone, and all of one layer at
 
 from typing import Literal
 
-from crate_ray.config import ModelConfig
+from crate_ray.config import ModelConfig, RunConfig
 from crate_ray.models.cost import count_hidden_parameters, count_parameters
 
 Precision = Literal["float32", "bfloat16"]
@@ -72,6 +72,16 @@ def activation_bytes(config: ModelConfig, *, precision: Precision = "float32", r
     visible = 1 + config.num_kept
     positioned, decoder_embed = _FLOAT32 * n * d, product * visible * d
     return again + patches + positioned + _encoder_bytes(config, visible, product, recompute) + decoder_embed + decoder
+
+
+def run_state_bytes(config: RunConfig) -> int:
+    """`training_state_bytes` of a run's model, optimizer and average, on a worker that holds all of them."""
+    return training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None)
+
+
+def run_activation_bytes(config: RunConfig, *, precision: Precision) -> int:
+    """`activation_bytes` of a run's model, with layers recomputed where the run asks for it."""
+    return activation_bytes(config.model, precision=precision, recompute=config.scale.activation_checkpointing)
 
 
 def largest_layer_bytes(config: ModelConfig, *, precision: Precision = "float32") -> int:

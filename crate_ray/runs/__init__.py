@@ -2,7 +2,13 @@
 
 from crate_ray.runs.create import find_run, git_state, is_finished, open_run, record_precision, versions
 from crate_ray.runs.folder import RunFolder, list_runs, sweep_of
-from crate_ray.runs.interventions import Intervention, intervention_text, read_interventions, write_interventions
+from crate_ray.runs.interventions import (
+    Intervention,
+    intervention_text,
+    interventions_of,
+    read_interventions,
+    write_interventions,
+)
 from crate_ray.runs.protocols import MetricSink, NullSink, WorkerContext
 from crate_ray.runs.records import (
     SEGMENT_SECONDS,
@@ -61,6 +67,7 @@ __all__ = [
     "find_run",
     "git_state",
     "intervention_text",
+    "interventions_of",
     "is_finished",
     "later_records",
     "list_runs",

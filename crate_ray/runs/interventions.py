@@ -62,8 +62,12 @@ class Intervention:
 
 def read_interventions(folder: RunFolder) -> tuple[Intervention, ...]:
     """Those of a run, oldest first; empty for a run that was left alone."""
-    body = folder.read_json(_FILE) or {}
-    return tuple(Intervention.of(item) for item in body.get("interventions", []))
+    return interventions_of(folder.read_json(_FILE) or {})
+
+
+def interventions_of(body: Mapping[str, Any]) -> tuple[Intervention, ...]:
+    """Those that a mapping holds under `interventions`, as the file of a run and the state in a checkpoint do."""
+    return tuple(Intervention.of(item) for item in body.get("interventions", ()))
 
 
 def write_interventions(folder: RunFolder, interventions: Iterable[Intervention]) -> None:

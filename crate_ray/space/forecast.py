@@ -16,7 +16,7 @@ from typing import Any
 from crate_ray.config import ConfigError, RunConfig, SweepConfig
 from crate_ray.config.prices import NO_PRICE, Price
 from crate_ray.config.sweep import SchedulerConfig, TrialResources
-from crate_ray.models.memory import Precision, activation_bytes, training_state_bytes
+from crate_ray.models.memory import Precision, run_activation_bytes, run_state_bytes
 from crate_ray.space.costs import flops_per_step
 from crate_ray.space.expected_steps import ExpectedSteps, expected_steps, rungs
 
@@ -440,11 +440,9 @@ def memory_reason(config: RunConfig, *, device_bytes: int) -> str | None:
     share = -(-config.train.global_batch // config.scale.min_workers)
     images = min(config.train.micro_batch or share, share)
     precision: Precision = "float32" if config.train.precision == "float32" else "bfloat16"
-    recompute = config.scale.activation_checkpointing
     # Of a hybrid, shards depend on the nodes; whole workers are the bound that refuses nothing that fits.
     shards = config.scale.min_workers if config.scale.parallel == "fsdp" else 1
-    state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=config.train.ema is not None) // shards
-    image = activation_bytes(config.model, precision=precision, recompute=recompute)
+    state, image = run_state_bytes(config) // shards, run_activation_bytes(config, precision=precision)
     need = MEMORY_MARGIN * (state + images * image) + MEMORY_BASE_BYTES
     if need <= device_bytes:
         return None

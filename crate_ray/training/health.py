@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from crate_ray.config import RunConfig
-from crate_ray.runs import Intervention, RunFolder, WorkerContext, read_interventions, write_interventions
+from crate_ray.runs import Intervention, RunFolder, WorkerContext, interventions_of, read_interventions, write_interventions
 from crate_ray.training.checkpoint import Checkpoint, delete_checkpoint, list_checkpoints
 from crate_ray.training.nonfinite import Finding
 from crate_ray.training.step import StepOutcome
@@ -100,7 +100,7 @@ class Health:
         limit = config.health.max_rollbacks
         self._max_rollbacks = DEFAULT_MAX_ROLLBACKS if limit is None else limit
         self.interventions = interventions
-        known = _interventions_of(state)
+        known = interventions_of(state)
         self._skipped = state.get("skipped", 0) + sum(item.skipped_steps for item in interventions if item not in known)
         self._spikes = Spikes(self._config.spike_z, losses=state.get("losses", ()), count=state.get("spikes", 0))
         streak = state.get("streak")
@@ -242,7 +242,7 @@ def find_path(folder: RunFolder) -> tuple[Checkpoint | None, tuple[Intervention,
     """
     held = read_interventions(folder)
     for checkpoint in reversed(list_checkpoints(folder)):
-        known = _interventions_of(checkpoint.state.get("health", {}))
+        known = interventions_of(checkpoint.state.get("health", {}))
         if any(item.from_step < checkpoint.step and item not in known for item in held):
             delete_checkpoint(checkpoint)
             continue
@@ -251,10 +251,6 @@ def find_path(folder: RunFolder) -> tuple[Checkpoint | None, tuple[Intervention,
             write_interventions(folder, path)
         return checkpoint, path
     return None, held
-
-
-def _interventions_of(state: Mapping[str, Any]) -> tuple[Intervention, ...]:
-    return tuple(Intervention.of(item) for item in state.get("interventions", ()))
 
 
 class Spikes:

@@ -113,8 +113,9 @@ def run_training(
     with Watchdog(folder, context, timeout_s=config.scale.hang_timeout_s) as watchdog:
         while True:
             fitting = agreed_micro_batch(config, folder, context)
+            watchdog.feed("the start and the first step", is_long=True)
             try:
-                return _train(fitting, folder, context, open_batches, profiled, watchdog)
+                return Trainer(fitting, folder, context, open_batches, profiled, watchdog).train()
             except RollBack:
                 log.info("beginning again from the last good checkpoint")
             except OutOfMemory as error:
@@ -122,26 +123,6 @@ def run_training(
                     raise
                 log.warning("%s", error)
             release_memory()
-
-
-def _train(
-    config: RunConfig,
-    folder: RunFolder,
-    context: WorkerContext,
-    open_batches: Callable[..., BatchReader],
-    profiled: ProfiledSteps | None,
-    watchdog: Watchdog,
-) -> LoopResult:
-    watchdog.feed("the start and the first step", is_long=True)
-    trainer = Trainer(config, folder, context, open_batches, profiled, watchdog)
-    try:
-        return trainer.run()
-    except RollBack:
-        trainer.roll_back()
-        raise
-    finally:
-        with watchdog.patient("the end"):
-            trainer.close()
 
 
 class Trainer:
@@ -242,6 +223,17 @@ class Trainer:
         found = [find_path(self.folder) if self.context.rank == 0 else (None, ())]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def train(self) -> LoopResult:
+        """The loop, and after it the end of all that runs beside it."""
+        try:
+            return self.run()
+        except RollBack:
+            self.roll_back()
+            raise
+        finally:
+            with self.watchdog.patient("the end"):
+                self.close()
 
     def run(self) -> LoopResult:
         """The loop."""

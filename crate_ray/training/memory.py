@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from crate_ray.config import RunConfig
-from crate_ray.models.memory import Precision, activation_bytes, training_state_bytes
+from crate_ray.models.memory import Precision, run_activation_bytes, run_state_bytes
 from crate_ray.runs import RunFolder, WorkerContext
 
 log = logging.getLogger(__name__)
@@ -136,11 +136,9 @@ class MemoryGuard:
 
     def _figures(self) -> str:
         """What a worker needs, in closed form, and what would make it less."""
-        config, recompute = self._config, self._config.scale.activation_checkpointing
-        keeps_average = config.train.ema is not None
-        state = training_state_bytes(config.model, optimizer=config.optimizer.name, ema=keeps_average) / _GIB
-        image = activation_bytes(config.model, precision=self._precision, recompute=recompute) / _GIB
-        also = "" if recompute else "scale.activation_checkpointing: true, "
+        state = run_state_bytes(self._config) / _GIB
+        image = run_activation_bytes(self._config, precision=self._precision) / _GIB
+        also = "" if self._config.scale.activation_checkpointing else "scale.activation_checkpointing: true, "
         return (
             f"Weights, gradients and moments take {state:.2f} GiB, what the backward pass needs of {self._micro_batch} "
             f"image(s) {self._micro_batch * image:.2f} GiB, temporaries not counted: use a smaller model, "

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from crate_ray.training.sharded import local_part
+
 _WRAPPERS = ("model.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -61,7 +63,9 @@ class _Search:
 
     def look_at_gradients(self) -> None:
         """Gradients that are summed or averaged after their hooks; and a sum of squares that alone overflows."""
-        squares = {n: _local(p.grad).double().square().sum() for n, p in self._module.named_parameters() if p.grad is not None}
+        squares = {
+            n: local_part(p.grad).double().square().sum() for n, p in self._module.named_parameters() if p.grad is not None
+        }
         for name, parameter in self._module.named_parameters():
             self._note(not _is_finite(parameter.grad), 3, f"the gradient of {_shown(name)} is not finite once it is summed")
         if squares and not torch.isfinite(torch.stack(list(squares.values())).sum().float()):
@@ -117,13 +121,7 @@ def _are_finite(values: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """Whether a tensor of floats is; whatever else it may be counts as finite."""
-    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(_local(value)).all())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(local_part(value)).all())
 
 
 def _shown(name: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from crate_ray.training.optimizer import layer_of
+from crate_ray.training.sharded import local_part
 
 
 def block_of(name: str) -> str:
@@ -78,7 +79,7 @@ class BlockNorms:
 
     def _before_update(self, *_: Any) -> None:
         if self._step is not None:
-            self._before = [[_local(p).clone() for p in block] for block in self._blocks.values()]
+            self._before = [[local_part(p).clone() for p in block] for block in self._blocks.values()]
 
     @torch.no_grad()
     def _after_update(self, *_: Any) -> None:
@@ -86,17 +87,12 @@ class BlockNorms:
             return
         sums: list[list[Tensor]] = [[], [], []]
         for parameters, before in zip(self._blocks.values(), self._before, strict=True):
-            sums[0].append(_square([_local(p.grad) for p in parameters if p.grad is not None]))
+            sums[0].append(_square([local_part(p.grad) for p in parameters if p.grad is not None]))
             sums[2].append(_square(before))
-            sums[1].append(_square([old.sub_(_local(p)) for p, old in zip(parameters, before, strict=True)]))
+            sums[1].append(_square([old.sub_(local_part(p)) for p, old in zip(parameters, before, strict=True)]))
         first = next(iter(self._blocks.values()))[0]
         self._squares_3K[self._step] = _over_shards(torch.stack([torch.stack(kind) for kind in sums]), first)
         self._before, self._step = [], None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other whole."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _square(tensors: Sequence[Tensor]) -> Tensor:

@@ -62,6 +62,12 @@ def files_of(checkpoint: Files, name: str) -> list[str]:
     return shards
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other tensor whole; without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def local_shards(state: Mapping[str, Tensor], *, has_whole: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """This worker's part of a state, and the metadata of the file that is to hold it.
 
