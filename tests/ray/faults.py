@@ -65,6 +65,20 @@ def check_losses(folder: RunFolder, overrides: list[str]) -> None:
         assert measured[step] == pytest.approx(expected[step], rel=WORKER_COUNT_TOLERANCE), step
 
 
+def check_same_command_goes_on(
+    start: Callable[[], Any], folder: RunFolder, overrides: list[str], *, saved: int, more_steps: int
+) -> None:
+    """A second attempt begins after the last checkpoint, makes progress, and has the losses of the undisturbed run."""
+    started = time.time()
+    again = start()
+    record = wait_until_training_goes_on(folder, started, again)
+    print(f"the same command: training again at step {record['step']} after {record['time'] - started:.1f} s")
+    assert (record["attempt"], record["step"]) == (2, saved + 1)
+    wait_for(lambda: max(losses_of(folder)) >= saved + more_steps, "progress")
+    stop(again, folder, attempt=2)
+    check_losses(folder, overrides)
+
+
 def stop(driver: Any, folder: RunFolder, *, attempt: int = 1) -> None:
     """Stops a driver with SIGTERM, and finds a checkpoint and an honest status."""
     driver.process.send_signal(signal.SIGTERM)

@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -21,6 +23,7 @@ MAE = {
     "model.decoder_width": 32,
     "model.decoder_num_heads": 2,
 }
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 RATES = {"optimizer.lr": {"grid": [1e-3, 1e-4, 3e-4]}}
 
 
@@ -71,6 +74,29 @@ def write_sweep_file(digits: Path, folder: Path, **keys: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def write_population_file(
+    digits: Path, folder: Path, *, steps: int, interval_steps: int, scheduler: Mapping[str, Any] = NOTHING, **keys: Any
+) -> Path:
+    """A sweep file of four trials that copy each other; keys over those of the file and of its scheduler."""
+    domain = {"loguniform": [1e-5, 1e-2]}
+    return write_sweep_file(
+        digits,
+        folder,
+        tune={},
+        space={"optimizer.lr": domain},
+        search={"method": "random"},
+        scheduler={
+            "type": "pbt",
+            "population": 4,
+            "interval_steps": interval_steps,
+            "perturb": {"optimizer.lr": domain},
+            **scheduler,
+        },
+        more={"train.steps": steps},
+        **keys,
+    )
 
 
 def run(path: Path, *overrides: str) -> tuple[SweepOutcome, Seen]:

@@ -9,7 +9,17 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import LONG, check_losses, log_of, records_after, stop, wait_for, wait_until_training_goes_on, worker_pids
+from faults import (
+    LONG,
+    check_losses,
+    check_same_command_goes_on,
+    log_of,
+    records_after,
+    stop,
+    wait_for,
+    wait_until_training_goes_on,
+    worker_pids,
+)
 from nodes import HEALTH, Nodes
 from test_train_on_ray import arguments, losses_of, wait_for_step
 
@@ -73,15 +83,9 @@ def test_after_a_killed_driver_its_workers_end_and_the_same_command_goes_on(
     assert status is not None
     assert status.state == "RUNNING"  # nobody was left to say otherwise; STALE once its heartbeat is old
     saved = last_checkpoint(folder)
-
-    started = time.time()
-    again = start_driver(*command, environment=environment)
-    record = wait_until_training_goes_on(folder, started, again)
-    print(f"the same command: training again at step {record['step']} after {record['time'] - started:.1f} s")
-    assert (record["attempt"], record["step"]) == (2, saved + 1)
-    wait_for(lambda: max(losses_of(folder)) >= saved + 30, "progress")
-    stop(again, folder, attempt=2)
-    check_losses(folder, overrides)
+    check_same_command_goes_on(
+        lambda: start_driver(*command, environment=environment), folder, overrides, saved=saved, more_steps=30
+    )
 
 
 @pytest.mark.timeout(600)
@@ -170,11 +174,4 @@ def test_a_stopped_job_writes_a_checkpoint_where_it_is_given_the_time_and_goes_o
         assert status.state == "RUNNING"
     wait_for(lambda: not worker_pids(), "end of the workers")
 
-    started = time.time()
-    again = drive(*command)
-    record = wait_until_training_goes_on(folder, started, again)
-    print(f"the same command: training again at step {record['step']} after {record['time'] - started:.1f} s")
-    assert (record["attempt"], record["step"]) == (2, saved + 1)
-    wait_for(lambda: max(losses_of(folder)) >= saved + 20, "progress")
-    stop(again, folder, attempt=2)
-    check_losses(folder, overrides)
+    check_same_command_goes_on(lambda: drive(*command), folder, overrides, saved=saved, more_steps=20)

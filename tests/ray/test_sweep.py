@@ -7,7 +7,7 @@ import pytest
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder, read_status
-from sweeps import MAE, attempts, results, run, study_states, write_sweep_file
+from sweeps import MAE, attempts, results, run, study_states, write_population_file, write_sweep_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -65,27 +65,10 @@ def test_a_trial_that_can_never_fit_is_refused_before_anything_is_written(digits
 
 
 def test_a_clone_of_a_population_starts_at_its_donors_step(digits: Path, tmp_path: Path) -> None:
-    domain = {"loguniform": [1e-5, 1e-2]}
-    path = write_sweep_file(
-        digits,
-        tmp_path,
-        tune={},
-        space={"optimizer.lr": domain},
-        search={"method": "random"},
-        scheduler={"type": "pbt", "population": 4, "interval_steps": 20, "perturb": {"optimizer.lr": domain}},
-        report_every_steps=10,
-        more={"train.steps": 60},
-    )
+    path = write_population_file(digits, tmp_path, steps=60, interval_steps=20, report_every_steps=10)
     outcome, _ = run(path)
     assert outcome.counts == {"FINISHED": 4}
-    clones = sorted(Path(outcome.folder.uri, "trials").glob("*/gen_*"))
-    assert clones
-    for clone in clones:
-        body = RunFolder(str(clone)).read_json("generation.json")
-        assert body is not None
-        first = min(int(folder.name.removeprefix("step_")) for folder in (clone / "checkpoints").iterdir())
-        assert first >= body["step"] > 0
-        assert body["set"]["optimizer.lr"] <= 1e-2
+    assert_clones_start_where_their_donors_were(outcome.folder)
 
 
 def test_hyperband_finishes_and_stops_some(digits: Path, tmp_path: Path) -> None:
@@ -136,10 +119,19 @@ def test_the_best_of_each_arm_is_confirmed_with_fresh_seeds(digits: Path, tmp_pa
     assert Counter(row.stage for row in outcome.rows) == {"screen": 2, "confirm": 5}
 
 
+def assert_clones_start_where_their_donors_were(folder: RunFolder) -> None:
+    clones = sorted(Path(folder.uri, "trials").glob("*/gen_*"))
+    assert clones
+    for clone in clones:
+        body = RunFolder(str(clone)).read_json("generation.json")
+        assert body is not None
+        first = min(int(folder.name.removeprefix("step_")) for folder in (clone / "checkpoints").iterdir())
+        assert first >= body["step"] > 0
+        assert body["set"]["optimizer.lr"] <= 1e-2
+
+
 @pytest.mark.slow
 def test_trials_of_two_workers_leave_nothing_behind(digits: Path, tmp_path: Path) -> None:
-    import ray
-
     path = write_sweep_file(
         digits,
         tmp_path,
@@ -149,8 +141,31 @@ def test_trials_of_two_workers_leave_nothing_behind(digits: Path, tmp_path: Path
     outcome, _ = run(path)
     assert outcome.state == "FINISHED", [(row.id, row.state, row.reason) for row in outcome.rows]
     assert set(outcome.counts) <= {"FINISHED", "STOPPED"}
-    groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    assert groups == []
+    assert groups_left() == []
+
+
+@pytest.mark.slow
+def test_a_clone_of_two_workers_starts_at_its_donors_step(digits: Path, tmp_path: Path) -> None:
+    path = write_population_file(
+        digits,
+        tmp_path,
+        steps=40,
+        interval_steps=20,
+        report_every_steps=10,
+        scheduler={"population": 2, "quantile": 0.5},
+        resources_per_trial={"num_workers": 2, "cpus": 1},
+    )
+    outcome, _ = run(path)
+    assert outcome.counts == {"FINISHED": 2}, [(row.id, row.state, row.reason) for row in outcome.rows]
+    assert_clones_start_where_their_donors_were(outcome.folder)
+    assert groups_left() == []
+
+
+def groups_left() -> list[str]:
+    """Placement groups that hold or await resources."""
+    import ray
+
+    return [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
 
 
 def test_the_sweep_has_a_status_and_an_identity_of_its_own(digits: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from crate_ray.runs import RunFolder, TrialRow, list_trials, read_status
-from sweeps import attempts, run, steps_done_twice, study_states, write_sweep_file
+from sweeps import attempts, run, steps_done_twice, study_states, write_population_file, write_sweep_file
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
@@ -144,17 +144,7 @@ def is_between(row: TrialRow) -> bool:
 
 
 def test_a_killed_driver_of_a_population_goes_on_with_its_clones_and_their_values(digits: Path, tmp_path: Path) -> None:
-    domain = {"loguniform": [1e-5, 1e-2]}
-    path = write_sweep_file(
-        digits,
-        tmp_path,
-        tune={},
-        space={"optimizer.lr": domain},
-        search={"method": "random"},
-        scheduler={"type": "pbt", "population": 4, "interval_steps": 40, "perturb": {"optimizer.lr": domain}},
-        report_every_steps=20,
-        more={"train.steps": 200},
-    )
+    path = write_population_file(digits, tmp_path, steps=200, interval_steps=40, report_every_steps=20)
     trials = tmp_path / "out" / "tiny" / "trials"
     killed_driver(path, lambda rows: any(trials.glob("*/gen_*/generation.json")) and any(is_between(row) for row in rows))
     before = {clone: clone.read_text() for clone in trials.glob("*/gen_*/generation.json")}
