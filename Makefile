@@ -7,7 +7,7 @@ OUT ?= out/quickstart
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: quickstart install test test-slow test-browser lint format clean
+.PHONY: quickstart install test test-slow test-browser test-sweeps lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/crate-ray quickstart --out $(OUT)
@@ -32,6 +32,9 @@ test: $(DEV_STAMP) lint
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m "slow and not browser" --timeout 1800
+
+test-sweeps: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m "ray and slow" tests/ray/test_shipped_sweeps_run.py
 
 test-browser: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m browser --timeout 600
