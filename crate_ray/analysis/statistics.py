@@ -1,14 +1,16 @@
-"""Intervals over seeds.
+"""What a handful of seeds, and a handful of source images, can tell.
 
-In: one difference a seed, both sides trained with that seed. Out: the mean with a two-sided
-t interval. A handful of seeds is small: the t quantile pays for the unknown spread, where a
-normal interval or a bootstrap over five values would be far too narrow.
+In: one value or difference a seed; totals and rows a source image; p values. Out: means with two-sided intervals, tests, and
+corrected p values. A handful is small: the t quantile pays for the unknown spread, where a normal interval or a bootstrap over
+five values would be far too narrow.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from crate_ray.runs.rows import Estimate
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,13 @@ class PairedInterval:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class PairedTest(PairedInterval):
+    """The same with the p value of a two-sided t test that the mean difference is 0."""
+
+    p_value: float
 
 
 def paired_t_interval(differences: Sequence[float], *, confidence: float = 0.95) -> PairedInterval:
@@ -40,3 +49,79 @@ def paired_t_interval(differences: Sequence[float], *, confidence: float = 0.95)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     mean = float(values.mean())
     return PairedInterval(mean, mean - half, mean + half, n)
+
+
+def paired_t_test(differences: Sequence[float], *, confidence: float = 0.95) -> PairedTest:
+    """`paired_t_interval` with its p value; the interval holds 0 just where p is above 1 - confidence.
+
+    Differences without any spread give p = 1 where they are 0, else p = 0.
+
+    Args:
+        differences: One value a seed.
+        confidence: Coverage of the interval, between 0 and 1.
+
+    Raises:
+        ValueError: Fewer than two differences: their spread is unknown.
+    """
+    raise NotImplementedError
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: reject where the outcome is below alpha, and the family-wise error is at most alpha.
+
+    Holds whatever the dependence of the tests. The i-th smallest of m becomes the largest of (m - j + 1) p_j over j <= i, at
+    most 1 (Holm 1979).
+
+    Args:
+        p_values: Of one family of hypotheses, declared beforehand. One that could not be tested counts as 1.
+
+    Returns:
+        Corrected p values in the order given.
+
+    Raises:
+        ValueError: A p value outside [0, 1].
+    """
+    raise NotImplementedError
+
+
+def mean_t_interval(values: Sequence[float]) -> Estimate:
+    """Mean over seeds with its 95% t interval; with one value both ends are NaN.
+
+    Args:
+        values: One a seed.
+
+    Raises:
+        ValueError: No values.
+    """
+    raise NotImplementedError
+
+
+def source_bootstrap(difference_by_source: Sequence[tuple[float, int]]) -> Estimate:
+    """Mean difference over the rows of all source images, with a 95% interval over the draw of these images.
+
+    Several rows of one source (placements, crops) are not independent, so sources are drawn, never rows.
+
+    Args:
+        difference_by_source: For each source image the sum of (first's answer - second's answer) over its rows, and their
+            number. Answers averaged over seeds hold the models fixed and leave the noise of the test set.
+
+    Raises:
+        ValueError: Fewer than two sources, or one without rows.
+    """
+    raise NotImplementedError
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation over the pairs that are finite on both sides.
+
+    Args:
+        first: One value a run.
+        second: Another of the same runs.
+
+    Returns:
+        In [-1, 1]; None with fewer than 4 pairs, or where one side does not vary: that says nothing.
+
+    Raises:
+        ValueError: The two differ in length.
+    """
+    raise NotImplementedError
