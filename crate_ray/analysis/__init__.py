@@ -1,6 +1,7 @@
 """Analysis: tables, intervals over seeds, figures and the report. Neither ray nor mlflow."""
 
-from crate_ray.analysis.plots import FAMILY_COLOURS, plot_comparison
+from crate_ray.analysis.drawing import FAMILY_COLOURS
+from crate_ray.analysis.plots import plot_comparison
 from crate_ray.analysis.report import ReportMeta, format_table, headline, report_text, write_report
 from crate_ray.analysis.rows import compare_parts_of, read_row
 from crate_ray.analysis.seeds import RecipeDifference, SeedSummary, aggregate_seeds

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crate_ray.analysis.drawing import FAMILY_COLOURS, LOG_FROM_RATIO, new_figure, plain
 from crate_ray.analysis.table import ComparisonRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's vermilion and blue: apart for every common form of colour blindness, and in grey.
-FAMILY_COLOURS = {"crate": "#D55E00", "vit": "#0072B2"}
 _OTHER_COLOUR = "#555555"
-_LOG_FROM_RATIO = 10
 # Room that a name takes, as shares of a panel.
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.3, 0.055
 
@@ -32,11 +30,7 @@ def plot_comparison(rows: Sequence[ComparisonRow], path_png: str | Path) -> None
     """
     if not rows:
         raise ValueError("no rows to plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5, 4.9)
     panels = figure.subplots(1, 2, sharey=True)
     _draw_panel(panels[0], rows, [row.params_encoder / 1e6 for row in rows], "trainable encoder parameters (millions)")
     _draw_panel(panels[1], rows, [row.training_gflops_per_image for row in rows], "training GFLOPs an image")
@@ -59,14 +53,12 @@ def _draw_panel(axes: "Axes", rows: Sequence[ComparisonRow], x: Sequence[float],
     _set_limits(axes, x)
     _label_points(axes, rows, x)
     axes.set_xlabel(label)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def _set_limits(axes: "Axes", x: Sequence[float]) -> None:
     smallest, largest = min(x), max(x)
-    if smallest > 0 and largest / smallest > _LOG_FROM_RATIO:
+    if smallest > 0 and largest / smallest > LOG_FROM_RATIO:
         axes.set_xscale("log")
         axes.set_xlim(smallest / 2, largest * 3)
         return

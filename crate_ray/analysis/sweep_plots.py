@@ -6,18 +6,17 @@ to what a conclusion may rest on. An axis ends where the trials of interest end;
 the border, never dropped.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from crate_ray.analysis.confirmed import Confirmed
+from crate_ray.analysis.drawing import FAMILY_COLOURS, LOG_FROM_RATIO, new_figure, plain, png, set_log
 from crate_ray.analysis.importance import Importance
 from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_text
 from crate_ray.analysis.pareto import front
-from crate_ray.analysis.plots import FAMILY_COLOURS
 from crate_ray.analysis.ranking import free_keys
 from crate_ray.config import Domain, SweepConfig
 from crate_ray.runs import TrialRow
@@ -32,7 +31,6 @@ _MARKERS = "osD^vP"
 _DPI = 130
 _PANEL_INCHES = (4.4, 3.4)
 _PANELS_A_ROW = 3
-_LOG_FROM_RATIO = 10
 _MAX_TICKS = 9
 _ARM_OFFSET = 0.02  # share of the axis between two arms at the same value, so that neither hides the other
 _SHOWN_SHARE = 0.85  # of the finished trials, from the best on, lie inside the axis at least
@@ -94,7 +92,7 @@ def plot_keys(rows: Sequence[TrialRow], sweep: SweepConfig, styles: Mapping[str,
     note += _BEYOND if not panels[0].get_autoscaley_on() else ""
     figure.suptitle(f"{title}: {measure.label} against each key", fontsize=12, fontweight="bold")
     _arm_legend(figure, styles, note)
-    return _png(figure)
+    return png(figure, dpi=_DPI)
 
 
 def plot_front(
@@ -140,7 +138,7 @@ def plot_front(
     note = f"small: screening trials, one seed; {large}rings: Pareto front of {of_what}"
     note += _BEYOND if not panels[0].get_autoscaley_on() else ""
     _arm_legend(figure, styles, note)
-    return _png(figure)
+    return png(figure, dpi=_DPI)
 
 
 def plot_learning(lines: Sequence[Line], objective: str, styles: Mapping[str, ArmStyle], *, title: str) -> bytes | None:
@@ -171,7 +169,7 @@ def plot_learning(lines: Sequence[Line], objective: str, styles: Mapping[str, Ar
     panels[0].set_ylabel(measure.axis)
     figure.suptitle(f"{title}: {measure.label} while training", fontsize=12, fontweight="bold")
     figure.supxlabel("grey: stopped early, cross where; coloured: went to the end; bold: best at the end", fontsize=9)
-    return _png(figure)
+    return png(figure, dpi=_DPI)
 
 
 def plot_importance(found: Sequence[Importance], objective: str, styles: Mapping[str, ArmStyle], *, title: str) -> bytes | None:
@@ -186,7 +184,7 @@ def plot_importance(found: Sequence[Importance], objective: str, styles: Mapping
         return None
     keys.sort(key=lambda key: max(item.shares.get(key, 0.0) for item in found))
     height = 0.8 / len(found)
-    figure = _figure(7.0, 1.5 + 0.5 * len(keys) + 0.12 * len(keys) * len(found))
+    figure = new_figure(7.0, 1.5 + 0.5 * len(keys) + 0.12 * len(keys) * len(found))
     axes = figure.subplots()
     for index, item in enumerate(found):
         at = [place + 0.4 - (index + 0.5) * height for place in range(len(keys))]
@@ -198,10 +196,10 @@ def plot_importance(found: Sequence[Importance], objective: str, styles: Mapping
     axes.set_yticks(range(len(keys)), [names[key] for key in keys])
     axes.set_xlabel("share of the variance that the key explains alone (%)")
     axes.set_xlim(0, 105)
-    _plain(axes, grid="x")
+    plain(axes, grid="x")
     figure.suptitle(f"{title}: importance for {MEASURES[objective].label}", fontsize=12, fontweight="bold")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure, dpi=_DPI)
 
 
 def _measured(rows: Sequence[TrialRow], measure: Measure) -> list[TrialRow]:
@@ -232,11 +230,11 @@ def _draw_key(
             finished = [(x, row) for x, row in of_arm if row.state == "FINISHED"]
             _draw_best(axes, finished, measure, style, is_ordered=is_number)
     if is_log:
-        _set_log(axes)
+        set_log(axes)
     if len(distinct) <= _MAX_TICKS:
         axes.set_xticks(list(place.values()), [value_text(value) for value in distinct])
         axes.minorticks_off()
-    _plain(axes)
+    plain(axes)
 
 
 def _is_geometric(distinct: Sequence[float]) -> bool:
@@ -245,7 +243,7 @@ def _is_geometric(distinct: Sequence[float]) -> bool:
         return False
     gaps = [after - before for before, after in pairwise(distinct)]
     is_growing = len(distinct) <= _MAX_TICKS and len(gaps) > 1 and max(gaps) >= 2 * min(gaps) and gaps == sorted(gaps)
-    return is_growing or distinct[-1] / distinct[0] >= _LOG_FROM_RATIO
+    return is_growing or distinct[-1] / distinct[0] >= LOG_FROM_RATIO
 
 
 def _shifted(x: float, places: Sequence[float], share: float, *, is_log: bool) -> float:
@@ -319,7 +317,7 @@ def _draw_lines(axes: "Axes", lines: Sequence[Line], measure: Measure, style: Ar
             axes.plot(steps, scaled, color=style.colour, linewidth=2.4, zorder=4)
         else:
             axes.plot(steps, scaled, color=style.colour, linewidth=0.7, alpha=0.4, zorder=3)
-    _plain(axes)
+    plain(axes)
 
 
 def _limit_y(
@@ -354,26 +352,11 @@ def _mark_beyond(axes: "Axes", points: Sequence[tuple[float, float]], colour: st
 
 
 def _scale_x(axes: "Axes", values: Sequence[float]) -> None:
-    if values and min(values) > 0 and max(values) / min(values) >= _LOG_FROM_RATIO:
-        _set_log(axes)
+    if values and min(values) > 0 and max(values) / min(values) >= LOG_FROM_RATIO:
+        set_log(axes)
     else:
         axes.locator_params(axis="x", nbins=5)
-    _plain(axes)
-
-
-def _set_log(axes: "Axes") -> None:
-    """A logarithmic axis with numbers as people write them; minor ticks stay without any."""
-    from matplotlib.ticker import NullFormatter
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain(axes: "Axes", *, grid: Literal["x", "y"] = "y") -> None:
-    axes.grid(axis=grid, color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def _arm_legend(figure: "Figure", styles: Mapping[str, ArmStyle], note: str) -> None:
@@ -392,23 +375,8 @@ def _panels(count: int, *, sharey: bool = False) -> tuple["Figure", list["Axes"]
     """Panels in rows; the places that the last row leaves stay empty."""
     num_columns = 2 if count == 4 else min(count, _PANELS_A_ROW)
     num_rows = -(-count // num_columns)
-    figure = _figure(max(7.0, _PANEL_INCHES[0] * num_columns), _PANEL_INCHES[1] * num_rows + 0.9)
+    figure = new_figure(max(7.0, _PANEL_INCHES[0] * num_columns), _PANEL_INCHES[1] * num_rows + 0.9)
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=sharey)
     for axes in grid.flat[count:]:
         axes.set_axis_off()
     return figure, list(grid.flat[:count])
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()

@@ -9,6 +9,7 @@ from typing import Any
 
 from crate_ray import storage
 from crate_ray.analysis import sweep_sections as sections
+from crate_ray.analysis.markdown import bullets
 from crate_ray.analysis.objectives import MEASURES, count_text, values_text
 from crate_ray.analysis.ranking import ArmRanking, own_values, same_question
 from crate_ray.analysis.sweep_cautions import cautions
@@ -91,7 +92,7 @@ def report_text(findings: SweepFindings, results: Mapping[str, Any], pictures: S
         "## Cost",
         sections.cost(findings, results.get("forecast") or {}, results.get("spent") or {}),
         "## What must not be concluded",
-        sections.bullets(cautions(findings, planned=planned)),
+        bullets(cautions(findings, planned=planned)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from crate_ray.analysis.confirmed import ArmDifference, Confirmed
 from crate_ray.analysis.importance import Importance
+from crate_ray.analysis.markdown import bullets, table
 from crate_ray.analysis.objectives import MEASURES, Measure, count_text, key_names, value_text, values_text
 from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
@@ -26,17 +27,6 @@ _COST_NAMES = {
     "cpu_hours": "CPU-hours",
     "usd": "cost (USD)",
 }
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar or a line break inside a cell would end it."""
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def bullets(lines: Sequence[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def what_was_swept(sweep: SweepConfig) -> str:
