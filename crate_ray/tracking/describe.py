@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from crate_ray.config import ConfigError, ModelConfig, RunConfig
+from crate_ray.config import ConfigError, RunConfig
 from crate_ray.runs import RunFolder
+from crate_ray.runs.settings import settings_of
 
 RUN_UID_TAG = "crate_ray.run_uid"
 PARENT_TAG = "mlflow.parentRunId"
@@ -91,43 +92,8 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
 
 def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]:
     """The parameters of a run, flat; `precision` is the resolved one."""
-    model = config.model
-    name = model_name(model)
-    values: dict[str, Any] = {
-        "model": name,
-        "arch": " ".join([name, *model.ablation, f"{model.encoder_depth}x{model.width}"]),
-        "depth": model.encoder_depth,
-        "width": model.width,
-        "heads": model.num_heads,
-        "patch": model.patch_size,
-        "mask_ratio": model.mask_ratio if model.num_classes is None else "none",
-        "ista_step_size": model.ista_step_size if model.has_ista else "none",
-        "ista_lambda": model.ista_lambda if model.has_ista else "none",
-        "dataset": "+".join(dataset_name(url) for url in config.data.train_urls),
-        "global_batch": config.train.global_batch,
-        "lr": config.optimizer.peak_lr(config.train.global_batch),
-        "wd": config.optimizer.weight_decay,
-        "seed": config.train.seed,
-        "precision": precision or config.train.precision,
-    }
-    return {key: _number(value)[:MAX_PARAM] for key, value in values.items()}
-
-
-def model_name(model: ModelConfig) -> str:
-    """The model as the presets call it, without a size; a classifier with an autoencoder's encoder after its family."""
-    if model.num_classes is not None:
-        return "crate" if model.embedding == "normed" else f"{model.family}_linear"
-    if model.family == "crate":
-        return "crate_mae" if model.encoder_tokens == "all" else "crate_mae_visible"
-    return "mae" if model.encoder_tokens == "visible" else "mae_all_tokens"
-
-
-def dataset_name(uri: str) -> str:
-    """The data set's folder: the last component that is not the name of a split."""
-    parts = [part for part in uri.split("/") if part]
-    while len(parts) > 1 and parts[-1] in ("train", "validation", "test"):
-        parts.pop()
-    return parts[-1] if parts else uri
+    settings = {key: "none" if value is None else value for key, value in settings_of(config, precision).items()}
+    return {key: _number(value)[:MAX_PARAM] for key, value in settings.items()}
 
 
 def _config(folder: RunFolder) -> RunConfig | None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
+from crate_ray.runs.settings import dataset_name, model_name
 from crate_ray.tracking import default_uri, view_url
 from crate_ray.tracking.client import absolute_uri, public_uri
-from crate_ray.tracking.describe import MAX_NAME, dataset_name, metric_key, model_name, params_of, run_name
+from crate_ray.tracking.describe import MAX_NAME, metric_key, params_of, run_name
 
 
 def config_of(model: dict[str, Any], **overrides: Any) -> RunConfig:
