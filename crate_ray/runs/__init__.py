@@ -20,6 +20,8 @@ from crate_ray.runs.records import (
     later_records,
     merge_records,
     read_records,
+    system_stream,
+    system_streams,
 )
 from crate_ray.runs.status import (
     HEARTBEAT_SECONDS,
@@ -83,6 +85,8 @@ __all__ = [
     "read_trial",
     "record_precision",
     "sweep_of",
+    "system_stream",
+    "system_streams",
     "versions",
     "write_interventions",
     "write_status",

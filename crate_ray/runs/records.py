@@ -4,6 +4,7 @@ A record is one line {"step", "time", "attempt", "values": {key: number}}; non-f
 strings "NaN", "Infinity", "-Infinity", so that every line is JSON. On a local disk the writer appends
 to metrics.jsonl. An object store cannot append: there a thread writes immutable segments
 metrics/<attempt>-<first_step>.jsonl, every ten seconds and whenever it is flushed.
+What a machine does meanwhile is another stream of the same form, system/rank<N>.jsonl: one a node, its steps seconds.
 What the store does not take is kept in memory and tried again, so a full disk or a bucket that answers 503 does not end a step;
 only `flush`, which a checkpoint and the end of a run call, is an error then.
 The trade-off: a reader parses text, and in return any tool can read a run while it is written.
@@ -26,6 +27,8 @@ from crate_ray.runs.status import read_status
 log = logging.getLogger(__name__)
 
 SEGMENT_SECONDS = 10.0
+METRICS = "metrics"
+_SYSTEM = "system"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -73,11 +76,17 @@ class RecordWriter:
     Args:
         folder: The run.
         attempt: Number of this start of the run, from 1; the highest wins where steps repeat.
+        stream: Name of the file or folder of records; each has one writer.
+        segment_s: Seconds between two segments on an object store.
     """
 
-    def __init__(self, folder: RunFolder, attempt: int) -> None:
+    def __init__(
+        self, folder: RunFolder, attempt: int, *, stream: str = METRICS, segment_s: float = SEGMENT_SECONDS
+    ) -> None:
         self._folder = folder
         self._attempt = attempt
+        self._stream = stream
+        self._segment_s = segment_s
         self._pending: list[Record] = []
         self._count = 0
         self._is_refused = False
@@ -85,9 +94,10 @@ class RecordWriter:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         if folder.is_local:
-            storage.make_dir(folder.uri)
+            path = storage.local_path(folder.path(f"{stream}.jsonl"))
+            storage.make_dir(str(path.parent))
             # Unbuffered: what a full disk did not take must not come out of a buffer behind what is written next.
-            self._file = storage.local_path(folder.path("metrics.jsonl")).open("a+b", buffering=0)
+            self._file = path.open("a+b", buffering=0)
             _end_last_line(self._file)
         else:
             self._thread = threading.Thread(target=self._flush_regularly, name="records", daemon=True)
@@ -119,7 +129,7 @@ class RecordWriter:
     def _store(self, lines: bytes, first_step: int) -> None:
         if not self._folder.is_local:
             segment = f"{self._attempt:04d}-{first_step:08d}-{time.time_ns()}.jsonl"
-            storage.write_atomic(self._folder.path("metrics", segment), lines)
+            storage.write_atomic(self._folder.path(self._stream, segment), lines)
             return
         end, written = self._file.seek(0, 2), 0
         try:
@@ -139,7 +149,7 @@ class RecordWriter:
             self._is_refused = True
 
     def _flush_regularly(self) -> None:
-        while not self._closing.wait(SEGMENT_SECONDS):
+        while not self._closing.wait(self._segment_s):
             self._try_flush()
 
     def close(self) -> None:
@@ -152,6 +162,16 @@ class RecordWriter:
             log.error("%d records of %s are lost: the store did not take them", len(self._pending), self._folder.uri)
         if self._folder.is_local:
             self._file.close()
+
+
+def system_stream(rank: int) -> str:
+    """The stream of what the node of a rank does."""
+    return f"{_SYSTEM}/rank{rank}"
+
+
+def system_streams(folder: RunFolder) -> list[str]:
+    """The streams of all nodes that have worked on a run."""
+    return [f"{_SYSTEM}/{name.removesuffix('.jsonl')}" for name in storage.list_dir(folder.path(_SYSTEM))]
 
 
 @contextmanager
@@ -175,10 +195,11 @@ def _end_last_line(file: Any) -> None:
 
 
 class RecordTail:
-    """Follows a run's records while they are written, from the beginning or from a saved place."""
+    """Follows a run's records of one stream while they are written, from the beginning or from a saved place."""
 
-    def __init__(self, folder: RunFolder, *, offset: int = 0) -> None:
+    def __init__(self, folder: RunFolder, *, offset: int = 0, stream: str = METRICS) -> None:
         self._folder = folder
+        self._stream = stream
         self.offset = offset
         self._seen: set[str] = set()
 
@@ -187,7 +208,7 @@ class RecordTail:
         return self._poll_file() if self._folder.is_local else self._poll_segments()
 
     def _poll_file(self) -> list[Record]:
-        path = storage.local_path(self._folder.path("metrics.jsonl"))
+        path = storage.local_path(self._folder.path(f"{self._stream}.jsonl"))
         try:
             with path.open("rb") as source:
                 source.seek(self.offset)
@@ -200,9 +221,9 @@ class RecordTail:
 
     def _poll_segments(self) -> list[Record]:
         records: list[Record] = []
-        for name in storage.list_dir(self._folder.path("metrics")):
+        for name in storage.list_dir(self._folder.path(self._stream)):
             if name.endswith(".jsonl") and name not in self._seen:
-                records.extend(_parse(storage.read_text(self._folder.path("metrics", name))))
+                records.extend(_parse(storage.read_text(self._folder.path(self._stream, name))))
                 self._seen.add(name)
         return records
 
