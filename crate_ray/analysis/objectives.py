@@ -78,6 +78,11 @@ def count_text(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def amount_text(value: float) -> str:
+    """Three digits, and no exponent from 0.0001 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def value_text(value: Any) -> str:
     """One value of a key, short."""
     if isinstance(value, float):

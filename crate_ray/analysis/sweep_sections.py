@@ -11,7 +11,7 @@ from typing import Any
 from crate_ray.analysis.confirmed import ArmDifference, Confirmed
 from crate_ray.analysis.importance import Importance
 from crate_ray.analysis.markdown import bullets, table
-from crate_ray.analysis.objectives import MEASURES, Measure, count_text, key_names, value_text, values_text
+from crate_ray.analysis.objectives import MEASURES, Measure, amount_text, count_text, key_names, value_text, values_text
 from crate_ray.analysis.ranking import ArmRanking, Ranked, own_values
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.config import Domain, SweepConfig
@@ -296,9 +296,9 @@ def cost(findings: SweepFindings, forecast: Mapping[str, Any], spent: Mapping[st
         if isinstance(ranges.get(key), dict) and key in used
     ]
     hours = sum(row.seconds for row in findings.rows) / 3600
-    held = f"The trials held their resources for {_amount(hours)} hours together."
+    held = f"The trials held their resources for {amount_text(hours)} hours together."
     if hours < 1:
-        held = f"The trials held their resources for {_amount(60 * hours)} minutes together."
+        held = f"The trials held their resources for {amount_text(60 * hours)} minutes together."
     off = (forecast.get("error") or {}).get("relative")
     if off is not None:
         more = "more" if off > 0 else "less"
@@ -327,9 +327,10 @@ def _cost_cells(name: str, forecast: Mapping[str, float], spent: float) -> list[
     low, expected, high = (forecast[end] for end in ("low", "expected", "high"))
     error = f"{100 * (spent / expected - 1):+.0f}%" if expected else "-"
     where = "inside" if low <= spent <= high else "outside"
-    return [name, _amount(expected), f"{_amount(low)} to {_amount(high)}", _amount(spent), f"{error}, {where} its range"]
-
-
-def _amount(value: float) -> str:
-    """Three digits, and no exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return [
+        name,
+        amount_text(expected),
+        f"{amount_text(low)} to {amount_text(high)}",
+        amount_text(spent),
+        f"{error}, {where} its range",
+    ]
