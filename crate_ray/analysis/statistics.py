@@ -3,14 +3,20 @@
 In: one value or difference a seed; totals and rows a source image; p values. Out: means with two-sided intervals, tests, and
 corrected p values. A handful is small: the t quantile pays for the unknown spread, where a normal interval or a bootstrap over
 five values would be far too narrow.
+
+Shapes: S source images.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from crate_ray.runs.rows import Estimate
+
+LEAST_PAIRS = 4
+"""Of a rank correlation."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,15 @@ def paired_t_test(differences: Sequence[float], *, confidence: float = 0.95) -> 
     Raises:
         ValueError: Fewer than two differences: their spread is unknown.
     """
-    raise NotImplementedError
+    from scipy import stats
+
+    interval = paired_t_interval(differences, confidence=confidence)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(interval.n)
+    if error > 0:
+        p_value = float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1))
+    else:
+        p_value = float(interval.mean == 0)
+    return PairedTest(interval.mean, interval.low, interval.high, interval.n, p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -81,7 +95,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Raises:
         ValueError: A p value outside [0, 1].
     """
-    raise NotImplementedError
+    raw = np.asarray(p_values, dtype=np.float64)
+    if not ((raw >= 0) & (raw <= 1)).all():
+        raise ValueError(f"p values lie in [0, 1], got {list(p_values)}; a hypothesis that was not tested counts as 1")
+    order = np.argsort(raw, kind="stable")
+    stepped = np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1))
+    corrected = np.empty_like(raw)
+    corrected[order] = np.minimum(stepped, 1)
+    return [float(value) for value in corrected]
 
 
 def mean_t_interval(values: Sequence[float]) -> Estimate:
@@ -93,13 +114,21 @@ def mean_t_interval(values: Sequence[float]) -> Estimate:
     Raises:
         ValueError: No values.
     """
-    raise NotImplementedError
+    if len(values) == 0:
+        raise ValueError("no values: a mean needs at least one")
+    if len(values) == 1:
+        return Estimate(float(values[0]), math.nan, math.nan)
+    interval = paired_t_interval(values)
+    return Estimate(interval.mean, interval.low, interval.high)
 
 
-def source_bootstrap(difference_by_source: Sequence[tuple[float, int]]) -> Estimate:
+def source_interval(difference_by_source: Sequence[tuple[float, int]]) -> Estimate:
     """Mean difference over the rows of all source images, with a 95% interval over the draw of these images.
 
-    Several rows of one source (placements, crops) are not independent, so sources are drawn, never rows.
+    Several rows of one source (placements, crops) are not independent, so what varies is the source, never the row. With total
+    t_s and rows r_s of S sources, d = sum t / sum r has the standard error sqrt(S / (S - 1) sum (t_s - d r_s)^2) / sum r: what
+    a bootstrap of sources tends to, without its draws. The quantile is t's with S - 1 degrees of freedom, so that it covers
+    with few sources too, where the percentiles of a bootstrap are too narrow.
 
     Args:
         difference_by_source: For each source image the sum of (first's answer - second's answer) over its rows, and their
@@ -108,7 +137,18 @@ def source_bootstrap(difference_by_source: Sequence[tuple[float, int]]) -> Estim
     Raises:
         ValueError: Fewer than two sources, or one without rows.
     """
-    raise NotImplementedError
+    from scipy import stats
+
+    num_sources = len(difference_by_source)
+    if num_sources < 2:
+        raise ValueError(f"{num_sources} source image(s): an interval over them needs at least 2")
+    total_S, rows_S = np.asarray(difference_by_source, dtype=np.float64).T
+    if not (rows_S > 0).all():
+        raise ValueError("a source image without rows; leave it out")
+    mean = float(total_S.sum() / rows_S.sum())
+    spread = math.sqrt(num_sources / (num_sources - 1) * float(np.square(total_S - mean * rows_S).sum()))
+    half = float(stats.t.ppf(0.975, num_sources - 1)) * spread / float(rows_S.sum())
+    return Estimate(mean, mean - half, mean + half)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -124,4 +164,13 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     Raises:
         ValueError: The two differ in length.
     """
-    raise NotImplementedError
+    from scipy import stats
+
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if x.shape != y.shape:
+        raise ValueError(f"{len(x)} values beside {len(y)}: give the two of each run")
+    is_pair = np.isfinite(x) & np.isfinite(y)
+    x, y = x[is_pair], y[is_pair]
+    if len(x) < LEAST_PAIRS or not np.ptp(x) or not np.ptp(y):
+        return None
+    return float(stats.spearmanr(x, y).statistic)
