@@ -6,7 +6,6 @@ few parameters that tell runs apart in a table, not the whole configuration, whi
 """
 
 import getpass
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 from crate_ray.config import ConfigError, RunConfig
 from crate_ray.runs import RunFolder
 from crate_ray.runs.settings import settings_of
+from crate_ray.tracking.limits import valid_params, valid_tags
 
 RUN_UID_TAG = "crate_ray.run_uid"
+HEARTBEAT_TAG = "crate_ray.heartbeat"  # unix seconds at which the driver was last known to live
+FOLDER_TAG = "crate_ray.folder"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_NAME = 18  # what the run list shows of a name
-MAX_KEY = 250
-MAX_PARAM = 6000
-MAX_TAG = 8000
 # Vermilion and blue of Okabe and Ito: told apart with every kind of colour vision.
 FAMILY_COLOURS = {"crate": "#d55e00", "vit": "#0072b2"}
 _OTHER_COLOUR = "#7f7f7f"
@@ -66,11 +65,6 @@ def to_ms(time_s: float) -> int:
     return round(time_s * 1000)
 
 
-def metric_key(key: str) -> str:
-    """The key with the characters that MLflow refuses replaced; one bad key would refuse its whole batch."""
-    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
-
-
 def run_name(folder_name: str, config: RunConfig | None) -> str:
     """At most 18 characters, what tells runs apart first: `12x384 s0 crate`, `12x384 e0.2 s1 crate`, `4x128 cls s0 crate`.
 
@@ -93,7 +87,7 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
 def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]:
     """The parameters of a run, flat; `precision` is the resolved one."""
     settings = {key: "none" if value is None else value for key, value in settings_of(config, precision).items()}
-    return {key: _number(value)[:MAX_PARAM] for key, value in settings.items()}
+    return valid_params({key: _number(value) for key, value in settings.items()})
 
 
 def _config(folder: RunFolder) -> RunConfig | None:
@@ -120,7 +114,7 @@ def _tags(meta: Mapping[str, Any], config: RunConfig | None) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": meta.get("git_commit"),
     }
-    return {key: str(value)[:MAX_TAG] for key, value in values.items() if value not in (None, "")}
+    return valid_tags({key: value for key, value in values.items() if value not in (None, "")})
 
 
 def _user() -> str:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from crate_ray import storage
 from crate_ray.runs import Record, RecordTail, RunFolder, Status, read_status
 from crate_ray.tracking.client import one_line, public_uri
-from crate_ray.tracking.describe import MAX_TAG, PARENT_TAG, RUN_UID_TAG, Description, describe, metric_key, to_ms
+from crate_ray.tracking.describe import PARENT_TAG, RUN_UID_TAG, Description, describe, to_ms
+from crate_ray.tracking.limits import MAX_TAG, valid_key, valid_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -225,7 +226,7 @@ class RunReplay:
 
     def _terminate(self, session: Session, status: Status) -> None:
         if status.state == "FAILED":
-            session.client.set_tag(self._run_id, "failure", (status.reason or "no reason given")[:MAX_TAG])
+            session.client.set_tag(self._run_id, "failure", valid_text(status.reason or "no reason given", MAX_TAG))
         elif "failure" in session.client.get_run(self._run_id).data.tags:
             session.client.delete_tag(self._run_id, "failure")  # of an earlier attempt
         session.client.set_terminated(self._run_id, status.state, end_time=to_ms(status.ended or status.heartbeat))
@@ -240,7 +241,7 @@ class RunReplay:
         step = max(self._last_step.values(), default=0)
         time_ms = to_ms(status.ended or status.heartbeat)
         metrics = [
-            Metric(metric_key(key), float(f"{float(value):.4g}"), time_ms, step)
+            Metric(valid_key(key), float(f"{float(value):.4g}"), time_ms, step)
             for key, value in values.items()
             if key not in self._last_step and value is not None
         ]
@@ -289,7 +290,7 @@ def _points(record: Record) -> list["Metric"]:
     from mlflow.entities import Metric
 
     time_ms = to_ms(record.time)
-    return [Metric(metric_key(key), value, time_ms, record.step) for key, value in record.values.items()]
+    return [Metric(valid_key(key), value, time_ms, record.step) for key, value in record.values.items()]
 
 
 def _stamp(record: Record) -> dict[str, Any]:

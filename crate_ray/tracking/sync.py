@@ -12,8 +12,9 @@ from pathlib import Path
 from crate_ray.config import digest
 from crate_ray.runs import RunFolder
 from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri
-from crate_ray.tracking.describe import MAX_NAME, MAX_TAG, RUN_UID_TAG
+from crate_ray.tracking.describe import MAX_NAME, RUN_UID_TAG
 from crate_ray.tracking.experiment import initialise
+from crate_ray.tracking.limits import valid_tags
 from crate_ray.tracking.replay import RunReplay, Session, find_run
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def log_comparison(
     from mlflow.exceptions import MlflowException
 
     client = open_client(uri)
-    described = {key: str(value)[:MAX_TAG] for key, value in (tags or {}).items()}
+    described = valid_tags(tags or {})
     described |= {"kind": "compare", RUN_UID_TAG: f"compare-{digest([experiment, name])[:32]}"}
     try:
         run_id = _comparison_run(Session(client, absolute_uri(uri), experiment_id), name, described)

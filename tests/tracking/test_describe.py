@@ -9,7 +9,8 @@ from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
 from crate_ray.runs.settings import dataset_name, model_name
 from crate_ray.tracking import default_uri, view_url
 from crate_ray.tracking.client import absolute_uri, public_uri
-from crate_ray.tracking.describe import MAX_NAME, metric_key, params_of, run_name
+from crate_ray.tracking.describe import MAX_NAME, params_of, run_name
+from crate_ray.tracking.limits import valid_key
 
 
 def config_of(model: dict[str, Any], **overrides: Any) -> RunConfig:
@@ -59,9 +60,9 @@ def test_a_data_set_is_named_by_its_folder(uri: str, name: str) -> None:
 
 
 def test_keys_that_mlflow_refuses_are_made_acceptable() -> None:
-    assert metric_key("whitebox/layer03/coding_rate_pre_nats") == "whitebox/layer03/coding_rate_pre_nats"
-    assert metric_key("a=b@(c)") == "a_b__c_"
-    assert len(metric_key("k" * 400)) == 250
+    assert valid_key("whitebox/layer03/coding_rate_pre_nats") == "whitebox/layer03/coding_rate_pre_nats"
+    assert valid_key("a=b@(c)") == "a_b__c_"
+    assert len(valid_key("k" * 400)) == 250
 
 
 def test_a_database_uri_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

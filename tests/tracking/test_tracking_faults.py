@@ -12,7 +12,7 @@ from crate_ray.config import RunConfig
 from crate_ray.runs import Lease, RunFolder, read_records
 from crate_ray.tracking import Mirror, initialise, serve, sync
 from crate_ray.tracking.client import open_client
-from crate_ray.tracking.describe import metric_key
+from crate_ray.tracking.limits import valid_key
 from crate_ray.tracking.server import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -77,7 +77,7 @@ def test_a_server_in_trouble_for_a_whole_run_loses_nothing(
     elif fault != "refused":
         proxy.fail(fault, number=2000, **EVERYTHING)
     folder, summary = train_beside(uri, config)
-    written = {(metric_key(key), record.step): value for record in read_records(folder) for key, value in record.values.items()}
+    written = {(valid_key(key), record.step): value for record in read_records(folder) for key, value in record.values.items()}
     assert ("train/loss", 150) in written
     assert (summary.error is None) == (fault == "comes_back")
     proxy.rules.clear()
