@@ -1,0 +1,47 @@
+"""What a comparison needs of a run, as one tag on its MLflow run.
+
+In: the rows of a run, or the text of the tag. Out: the text, or a row. The row as judged on the test split and that as judged
+on validation share nearly all they say, so both are one compressed JSON text: about 1 kB of the 8,000 characters that MLflow
+takes. The trade-off: a person cannot read the tag, but every number in it is a metric or a parameter of the run as well; in
+return a comparison of a thousand runs is one search, without a request for each run.
+"""
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+
+from crate_ray.config import ConfigError
+from crate_ray.runs.rows import RunRow
+from crate_ray.tracking.limits import MAX_TAG
+
+ROW_TAG = "crate_ray.row"
+_PREFIX = "deflate;"
+
+
+def pack_rows(rows: Mapping[str, RunRow]) -> str:
+    """The rows of one run by the split they were judged on, as a tag's text; equal rows give an equal text.
+
+    Raises:
+        ConfigError: The text is longer than a tag may be.
+    """
+    body = {split: row.as_dict() for split, row in rows.items()}
+    text = json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    packed = _PREFIX + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    if len(packed) > MAX_TAG:
+        name = next(iter(rows.values())).name
+        raise ConfigError(f"the row of run {name} is {len(packed):,} characters, and a tag of MLflow takes {MAX_TAG:,}")
+    return packed
+
+
+def unpack_row(text: str, split: str) -> RunRow:
+    """The row as judged on a split.
+
+    Raises:
+        ValueError: The text is not what `pack_rows` gives.
+    """
+    try:
+        body = json.loads(zlib.decompress(base64.b64decode(text.removeprefix(_PREFIX), validate=True)))
+        return RunRow.of(body[split])
+    except (ValueError, LookupError, TypeError, zlib.error) as error:
+        raise ValueError(f"its tag {ROW_TAG} cannot be read ({type(error).__name__})") from None
