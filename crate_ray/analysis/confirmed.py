@@ -17,6 +17,7 @@ from crate_ray.analysis.ranking import Ranking, own_values, point_of, spelling
 from crate_ray.analysis.statistics import PairedInterval, paired_t_interval
 from crate_ray.config import SweepConfig
 from crate_ray.runs import TrialRow
+from crate_ray.runs.screening import point_identity
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,11 @@ def confirmed(rows: Sequence[TrialRow], sweep: SweepConfig, ranking: Ranking) ->
     """
     if sweep.confirm is None:
         return []
-    places = {_identity(trial.row, sweep): trial.place for arm in ranking.arms for trial in arm.trials}
+    places = {point_identity(trial.row, sweep): trial.place for arm in ranking.arms for trial in arm.trials}
     groups: dict[tuple[str, str], list[TrialRow]] = {}
     for row in rows:
         if row.stage == "confirm":
-            groups.setdefault(_identity(row, sweep), []).append(row)
+            groups.setdefault(point_identity(row, sweep), []).append(row)
     seeds = range(sweep.confirm.first_seed, sweep.confirm.first_seed + sweep.confirm.seeds)
     found = [_summary(group, seeds, sweep.objective[0], places.get(identity)) for identity, group in groups.items()]
     arms = list(dict.fromkeys(arm.arm for arm in ranking.arms))
@@ -130,13 +131,6 @@ def differences(configurations: Sequence[Confirmed], sweep: SweepConfig) -> list
         points.setdefault(spelling(point), point)
         chosen.setdefault(spelling(point), {}).setdefault(item.arm, item)  # the first of an arm is its best
     return [_difference(a, b, points[name]) for name, of_arm in chosen.items() for a, b in combinations(of_arm.values(), 2)]
-
-
-def _identity(row: TrialRow, sweep: SweepConfig) -> tuple[str, str]:
-    """The same for a configuration's trials of both stages, whose length may differ, and with it the keys that follow it."""
-    domains = sweep.domains_of(row.arm)
-    chosen = {key: value for key, value in row.values.items() if key not in domains or not domains[key].is_dependent}
-    return row.arm, spelling(chosen)
 
 
 def _summary(group: Sequence[TrialRow], seeds: Sequence[int], objective: str, place: int | None) -> Confirmed:

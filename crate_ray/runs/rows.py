@@ -2,17 +2,31 @@
 
 In: the small files of a run folder, never its records. Out: a frozen RunRow that JSON can hold, so that the mirror keeps it in
 a tag and a comparison of a thousand runs costs one request. Everything here was measured or counted by training or by a
-probe; nothing is computed again. A number that was not measured is not there.
+probe; nothing is computed again. A number that was not measured is not there. A run has one row for each split that it was
+judged on, for a number on validation and one on test are not to be mixed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
+from crate_ray.config import ConfigError, RunConfig, digest
+from crate_ray.runs.folder import RunFolder, sweep_of
 from crate_ray.runs.records import decode_number, encode_number
-from crate_ray.runs.status import State
+from crate_ray.runs.screening import Screening, read_screening
+from crate_ray.runs.settings import settings_of
+from crate_ray.runs.status import State, Status, read_status
+from crate_ray.runs.trials import TrialRow, loss_target, read_trial
 
 Timing = Literal["exclusive", "shared"]
+Split = Literal["validation", "test"]
+_SPLITS: tuple[Split, ...] = ("test", "validation")
+_KINDS = ("train", "trial", "control")
+_READERS = 16
+_SEED = "train.seed"
+_FINAL = "final/"
 
 
 class Estimate(NamedTuple):
@@ -46,8 +60,8 @@ class RunRow:
         compare: Parts of the compare digest: data, evaluation, schedule, precision.
         commit: Of the checkout; None when installed without one.
         is_dirty: Whether the checkout had changes.
-        tuning_trials: Screening trials of its arm that finished or were stopped; None outside a sweep.
-        params_total: Trainable parameters of the whole model.
+        tuning_trials: Screening trials of its arm that are over; None outside a sweep, and of a screening trial read alone.
+        params_total: Trainable parameters of the whole model; like all counts here 0 where the run has not come to its end.
         params_encoder: Trainable parameters of the encoder.
         params_paper: Counted as the papers count.
         train_flops_per_image: Forward and backward of the executed form, mask-aware, by closed form.
@@ -64,6 +78,9 @@ class RunRow:
         loss_target: What the validation loss asks; losses compare only where it is equal.
         rollbacks: Returns to an earlier checkpoint.
         skipped_steps: Steps without a finite loss or gradient.
+        incomplete: Why it is not complete, in words; None where it is.
+        place: Of a confirmed run: where its point stood in the screening of its arm, from 1.
+        created: Unix seconds.
     """
 
     run_uid: str
@@ -102,6 +119,9 @@ class RunRow:
     loss_target: Mapping[str, Any] = field(default_factory=dict)
     rollbacks: int = 0
     skipped_steps: int = 0
+    incomplete: str | None = None
+    place: int | None = None
+    created: float | None = None
 
     @property
     def exclusive_hours(self) -> float | None:
@@ -122,3 +142,192 @@ class RunRow:
         intervals = known.get("intervals", {})
         known["intervals"] = {key: Estimate(*map(decode_number, interval)) for key, interval in intervals.items()}
         return cls(**known)
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """What folders hold.
+
+    Attributes:
+        rows: Of the runs, in the order of their folders.
+        unread: Why a folder is no run, or not yet, by its name.
+    """
+
+    rows: tuple[RunRow, ...]
+    unread: Mapping[str, str]
+
+
+def read_run_row(folder: RunFolder, *, split: Split | None = None) -> RunRow | None:
+    """The row of a run.
+
+    Args:
+        folder: The run's.
+        split: Whose judgement `values` hold, and none where it was not judged on it; None for test where it was judged there,
+            else validation. A screening trial is read on validation always.
+
+    Returns:
+        None while the run is being created, or where the folder is no trained run.
+    """
+    sweep = sweep_of(folder)
+    trial = read_trial(folder) if sweep is not None else None
+    is_confirmed = sweep is not None and trial is not None and trial.stage == "confirm"
+    row = _read(folder, trial, read_screening(sweep) if sweep is not None and is_confirmed else None, split)
+    return row if isinstance(row, RunRow) else None
+
+
+def read_run_rows(folders: Sequence[RunFolder], *, split: Split | None = None) -> RunRows:
+    """The rows of many runs, each sweep's screening read once; `split` as for one run."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        sweeps = list(pool.map(sweep_of, folders))
+        trials = list(pool.map(lambda pair: read_trial(pair[0]) if pair[1] else None, zip(folders, sweeps, strict=True)))
+        screenings = {sweep.uri: None for sweep in sweeps if sweep is not None}
+        read = {uri: read_screening(RunFolder(uri)) for uri in screenings}
+        of_folder = [read[sweep.uri] if sweep is not None else None for sweep in sweeps]
+        found = list(pool.map(partial(_read, split=split), folders, trials, of_folder))
+    unread = {folder.name: item for folder, item in zip(folders, found, strict=True) if isinstance(item, str)}
+    return RunRows(tuple(item for item in found if isinstance(item, RunRow)), unread)
+
+
+def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None, split: Split | None) -> RunRow | str:
+    """The row, or why there is none."""
+    meta, fingerprint = folder.read_json("run_meta.json"), folder.read_json("fingerprint.json")
+    if meta is None or fingerprint is None:
+        return "no run was started here, or it is being created"
+    if meta["kind"] not in _KINDS:
+        return f"a {meta['kind']}, and no trained run"
+    try:
+        config = folder.read_config()
+    except FileNotFoundError:
+        return "no run was started here, or it is being created"
+    except ConfigError as error:
+        return f"its configuration cannot be read: {error}".partition("\n")[0]
+    status, final = read_status(folder), folder.read_json("final.json")
+    incomplete = _why_incomplete(trial, status, final)
+    stage = trial.stage if trial else meta.get("stage")
+    parts = fingerprint["compare"]["parts"]
+    return RunRow(
+        run_uid=str(meta["run_uid"]),
+        name=folder.name,
+        uri=folder.uri,
+        kind=meta["kind"],
+        family=config.model.family,
+        recipe=config.recipe,
+        sweep=meta.get("parent_uid"),
+        arm=trial.arm if trial else None,
+        stage=stage,
+        seed=config.train.seed,
+        state=status.state if status else "RUNNING",
+        is_complete=incomplete is None,
+        incomplete=incomplete,
+        configuration=configuration_of(fingerprint["resume"]["parts"]),
+        compare=parts,
+        commit=meta.get("git_commit"),
+        is_dirty=meta.get("git_dirty"),
+        tuning_trials=screening.tried.get(trial.arm, 0) if screening and trial else None,
+        place=screening.place_of(trial) if screening and trial and stage == "confirm" else None,
+        created=meta.get("created"),
+        loss_target=loss_target(config),
+        **_described(config, parts.get("precision")),
+        **_cost(final, trial),
+        **_speed(folder, final),
+        **_measured(folder, final, "validation" if stage == "screen" else split),
+    )
+
+
+def configuration_of(resume_parts: Mapping[str, Any]) -> str:
+    """8 hex digits of what a run's numbers follow from, without its seed."""
+    return digest({key: value for key, value in resume_parts.items() if key != _SEED})[:8]
+
+
+def _described(config: RunConfig, precision: str | None) -> dict[str, Any]:
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in settings_of(config, precision).items()
+    }
+    return {"model": settings.pop("model"), "settings": settings}
+
+
+def _why_incomplete(trial: TrialRow | None, status: Status | None, final: Mapping[str, Any] | None) -> str | None:
+    if trial is not None and trial.state != "FINISHED":
+        return _ending(trial)
+    if status is None:
+        return "never started"
+    if status.state == "RUNNING":
+        return "its driver died; start it again to go on" if status.is_stale else "still running"
+    if status.state != "FINISHED":
+        return status.state.lower() + (f" ({_line(status.reason)})" if status.reason else "")
+    if final is None:
+        return "finished as a copy of another trial" if trial else "finished without final.json"
+    return None
+
+
+def _ending(trial: TrialRow) -> str:
+    of_total = f" of {trial.total_steps}" if trial.total_steps else ""
+    if trial.state == "STOPPED":
+        return f"stopped by the scheduler at step {trial.step}{of_total}"
+    if trial.state == "RUNNING":
+        return f"still running, at step {trial.step}{of_total}"
+    return trial.state.lower() + (f" ({_line(trial.reason)})" if trial.reason else "")
+
+
+def _line(reason: str) -> str:
+    return reason.partition("\n")[0]
+
+
+def _cost(final: Mapping[str, Any] | None, trial: TrialRow | None) -> dict[str, Any]:
+    """Counted by training at its end; of a trial without one, what the sweep knew of it beforehand."""
+    if final is None:
+        known = trial.quantities if trial else {}
+        parameters = {key: round(1e6 * known.get(name, 0)) for key, name in _QUANTITIES.items()}
+        return {
+            **parameters,
+            "params_paper": 0,
+            "train_flops_per_image": 0.0,
+            "images": 0,
+            "train_pflops": 0.0,
+            "train_hours": 0.0,
+        }
+    cost = final["cost"]
+    return {
+        "params_total": cost["parameters"]["trainable"],
+        "params_encoder": cost["parameters"]["encoder"],
+        "params_paper": cost["parameters"]["paper"],
+        "train_flops_per_image": float(cost["training_flops_per_image"]),
+        "images": cost["images"],
+        "train_pflops": cost["training_flops_per_image"] * cost["images"] / 1e15,
+        "train_hours": cost["train_seconds"] / 3600,
+    }
+
+
+_QUANTITIES = {"params_total": "params_m", "params_encoder": "encoder_params_m"}
+
+
+def _speed(folder: RunFolder, final: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the exclusive timing pass, else of training, which may have shared its machine."""
+    timing = folder.read_json("timing.json")
+    if timing is not None and timing.get("exclusive"):
+        return {"images_per_s": timing["images_per_s"], "hardware": timing.get("hardware"), "timing": "exclusive"}
+    measured = (final or {}).get("values", {}).get("final/images_per_s")
+    return {"images_per_s": measured, "timing": "shared" if measured is not None else None}
+
+
+def _measured(folder: RunFolder, final: Mapping[str, Any] | None, split: Split | None) -> dict[str, Any]:
+    """What training measured at its end, with the judgement on one split alone, whatever else final.json holds by now."""
+    if final is None:
+        return {}
+    probes = {name: probe for name in _SPLITS if (probe := folder.read_json(f"probe_{name}.json")) is not None}
+    judged = split if split is not None else next(iter(probes), None)
+    probe = probes.get(judged) if judged is not None else None
+    of_probes = {key for body in probes.values() for key in body["values"]}
+    trained = {key: value for key, value in final["values"].items() if key not in of_probes}
+    values = {
+        key.removeprefix(_FINAL): decode_number(value) for key, value in {**trained, **(probe or {}).get("values", {})}.items()
+    }
+    helped = {key: int(values.pop(key, 0)) for key in ("rollbacks", "skipped_steps")}
+    if probe is None:
+        return {"values": values, **helped}
+    intervals = {key: Estimate(*map(decode_number, item)) for key, item in probe.items() if _is_interval(item)}
+    return {"values": values, "intervals": intervals, "judged_split": judged, "probe_protocol": probe.get("protocol"), **helped}
+
+
+def _is_interval(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 3 and all(isinstance(number, int | float) for number in item)
