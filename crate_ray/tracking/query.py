@@ -107,9 +107,9 @@ def _within(ask: Callable[[], _Answer], uri: str, timeout_s: float) -> _Answer:
         return answers[0]
     if errors and isinstance(errors[0], ConfigError):
         raise errors[0]
-    reason = one_line(errors[0]) if errors else f"within {timeout_s:g} s"
+    reason = f"cannot be read ({one_line(errors[0])})" if errors else f"does not answer within {timeout_s:g} s"
     raise ConfigError(
-        f"MLflow at {public_uri(absolute_uri(uri))} does not answer ({reason}); start it, name another store with --uri, "
+        f"MLflow at {public_uri(absolute_uri(uri))} {reason}; start it, name another store with --uri, "
         "or give the folders of the runs"
     ) from None
 
