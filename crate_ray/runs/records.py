@@ -80,9 +80,7 @@ class RecordWriter:
         segment_s: Seconds between two segments on an object store.
     """
 
-    def __init__(
-        self, folder: RunFolder, attempt: int, *, stream: str = METRICS, segment_s: float = SEGMENT_SECONDS
-    ) -> None:
+    def __init__(self, folder: RunFolder, attempt: int, *, stream: str = METRICS, segment_s: float = SEGMENT_SECONDS) -> None:
         self._folder = folder
         self._attempt = attempt
         self._stream = stream
@@ -201,30 +199,41 @@ class RecordTail:
         self._folder = folder
         self._stream = stream
         self.offset = offset
+        self.has_more = False
         self._seen: set[str] = set()
 
-    def poll(self) -> list[Record]:
-        """The records that came since the last call, as they were written; torn lines are left out."""
-        return self._poll_file() if self._folder.is_local else self._poll_segments()
+    def poll(self, max_bytes: int | None = None) -> list[Record]:
+        """The records that came since the last call, as they were written; torn lines are left out.
 
-    def _poll_file(self) -> list[Record]:
+        Args:
+            max_bytes: Stop after about so much text; `has_more` then says whether there may be more. None reads all.
+        """
+        return self._poll_file(max_bytes) if self._folder.is_local else self._poll_segments(max_bytes)
+
+    def _poll_file(self, max_bytes: int | None) -> list[Record]:
         path = storage.local_path(self._folder.path(f"{self._stream}.jsonl"))
         try:
             with path.open("rb") as source:
                 source.seek(self.offset)
-                data = source.read()
+                data = source.read() if max_bytes is None else source.read(max_bytes) + source.readline()
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
+        self.has_more = max_bytes is not None and len(whole) >= max_bytes
         return _parse(whole.decode(errors="replace"))
 
-    def _poll_segments(self) -> list[Record]:
+    def _poll_segments(self, max_bytes: int | None) -> list[Record]:
         records: list[Record] = []
-        for name in storage.list_dir(self._folder.path(self._stream)):
-            if name.endswith(".jsonl") and name not in self._seen:
-                records.extend(_parse(storage.read_text(self._folder.path(self._stream, name))))
+        names = [name for name in storage.list_dir(self._folder.path(self._stream)) if name.endswith(".jsonl")]
+        size = 0
+        for name in names:
+            if name not in self._seen and (max_bytes is None or size < max_bytes):
+                text = storage.read_text(self._folder.path(self._stream, name))
+                records.extend(_parse(text))
                 self._seen.add(name)
+                size += len(text)
+        self.has_more = len(self._seen) < len(names)
         return records
 
 

@@ -118,6 +118,20 @@ def test_a_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
         assert tail.poll() == [Record(4, 1.5, 1, {"loss": 0.5})]
 
 
+@FOLDERS
+@pytest.mark.parametrize("max_bytes", [1, 50, 1000])
+def test_a_tail_that_reads_in_pieces_gives_the_same_records(kind: type[RunFolder], max_bytes: int, tmp_path: Path) -> None:
+    folder = kind(str(tmp_path / "run"))
+    for first in (1, 4):
+        write(folder, 1, {step: {"loss": float(step)} for step in range(first, first + 3)})
+    tail, pieces = RecordTail(folder), []
+    while not pieces or tail.has_more:
+        pieces.append([record.step for record in tail.poll(max_bytes)])
+    assert [step for piece in pieces for step in piece] == [1, 2, 3, 4, 5, 6]
+    assert len(pieces) > 1 or max_bytes == 1000
+    assert tail.poll(max_bytes) == []
+
+
 def test_a_tail_goes_on_from_a_saved_place(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write(folder, 1, {1: {"a": 1.0}})
