@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's vermilion and blue: apart for every common form of colour blindness, and in grey.
 FAMILY_COLOURS = {"crate": "#d55e00", "vit": "#0072b2"}
+SHADES = {"crate": (FAMILY_COLOURS["crate"], "#e69f00", "#8c3d00"), "vit": (FAMILY_COLOURS["vit"], "#56b4e9", "#003f66")}
+OTHER_SHADES = ("#555555", "#009e73", "#cc79a7")
 LOG_FROM_RATIO = 10
 """Values that span this much stand on a logarithmic axis."""
 GRID_COLOUR = "#e6e6e6"

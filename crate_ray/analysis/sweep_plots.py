@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from crate_ray.analysis.confirmed import Confirmed
-from crate_ray.analysis.drawing import FAMILY_COLOURS, LOG_FROM_RATIO, new_figure, plain, png, set_log
+from crate_ray.analysis.drawing import LOG_FROM_RATIO, OTHER_SHADES, SHADES, new_figure, plain, png, set_log
 from crate_ray.analysis.importance import Importance
 from crate_ray.analysis.objectives import MEASURES, Measure, key_names, value_text
 from crate_ray.analysis.pareto import front
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SHADES = {"crate": (FAMILY_COLOURS["crate"], "#E69F00", "#8C3D00"), "vit": (FAMILY_COLOURS["vit"], "#56B4E9", "#003F66")}
-_OTHER_SHADES = ("#555555", "#009E73", "#CC79A7")
 _MARKERS = "osD^vP"
 _DPI = 130
 _PANEL_INCHES = (4.4, 3.4)
@@ -59,7 +57,7 @@ def arm_styles(families: Mapping[str, str | None]) -> dict[str, ArmStyle]:
     used: dict[str | None, int] = {}
     styles = {}
     for index, (arm, family) in enumerate(families.items()):
-        shades = _SHADES.get(family or "", _OTHER_SHADES)
+        shades = SHADES.get(family or "", OTHER_SHADES)
         number = used[family] = used.get(family, -1) + 1
         styles[arm] = ArmStyle(shades[number % len(shades)], _MARKERS[index % len(_MARKERS)])
     return styles
