@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from crate_ray import storage
 from crate_ray.runs import Record, RecordTail, RunFolder, Status, read_status
 from crate_ray.tracking.client import one_line, public_uri
+from crate_ray.tracking.content import RunContent
 from crate_ray.tracking.describe import PARENT_TAG, RUN_UID_TAG, Description, describe, to_ms
 from crate_ray.tracking.limits import MAX_TAG, valid_key, valid_text
 
@@ -78,6 +79,7 @@ class RunReplay:
         self._stored: dict[str, str] = {}  # file: digest of the content that MLflow has
         self._files_sent_at: tuple[str, int] | None = None  # (state, attempt) at which this replay sent the files
         self._marker: dict[str, Any] = {}
+        self._content = RunContent(folder)  # what is shown beside the numbers
 
     @property
     def pending(self) -> int:
@@ -103,7 +105,10 @@ class RunReplay:
         if self._described is None:
             self._described = describe(self.folder)
         self._status = read_status(self.folder)
-        self._queue.extend(self._without_repeats(record) for record in self._tail.poll())
+        records = [self._without_repeats(record) for record in self._tail.poll()]
+        self._queue.extend(records)
+        self._content.see(records)
+        self._content.poll()
 
     def push(self, session: Session, *, expired: Callable[[], bool] = lambda: False) -> None:
         """Sends what was polled, in batches, until done or `expired`.
@@ -124,6 +129,7 @@ class RunReplay:
                 if expired():
                     return
             self._link_parent(session)
+            self._content.send(session.client, self._run_id, self._described, self._status)
             if self._status is not None and not self._queue:
                 self._mirror_status(session, self._status)
         finally:
@@ -162,6 +168,7 @@ class RunReplay:
             return
         stored = marker.get("artifacts")
         self._stored = dict(stored) if isinstance(stored, dict) else {}
+        self._content.restore(marker.get("content"))
         count = marker.get("records", 0)
         if self._passed == 0 and 0 < count <= len(self._queue) and marker.get("last") == _stamp(self._queue[count - 1]):
             self._advance(count)
@@ -220,8 +227,8 @@ class RunReplay:
             self._send_finals(session, status)
             if state != status.state or attempt != status.attempt:
                 self._terminate(session, status)
-            if self._files_sent_at != (status.state, status.attempt):
-                self._send_artifacts(session, status)
+        if self._files_sent_at != (status.state, status.attempt):
+            self._send_artifacts(session, status)  # of a run that goes on: what it was asked to do
         self._mirrored = (status.state, status.attempt)
 
     def _terminate(self, session: Session, status: Status) -> None:
@@ -269,6 +276,7 @@ class RunReplay:
             "records": self._passed,
             "last": _stamp(self._last) if self._last else None,
             "artifacts": dict(self._stored),
+            "content": self._content.marker(),
         }
         if marker != self._marker:
             self.folder.write_json(MARKER, marker)

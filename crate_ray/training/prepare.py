@@ -45,6 +45,21 @@ def data_digest(config: RunConfig) -> str:
     return digest(parts)
 
 
+def record_datasets(config: RunConfig, folder: RunFolder) -> None:
+    """Writes datasets.json: what of which split lies where, with a digest of its content. Written anew where data has moved."""
+    urls = [*(("train", url) for url in config.data.train_urls), ("eval", config.data.eval), ("test", config.data.test)]
+    wanted = [(split, url) for split, url in urls if url is not None]
+    held = (folder.read_json("datasets.json") or {}).get("datasets", [])
+    if [(entry["split"], entry["url"]) for entry in held] == wanted:
+        return
+    datasets = []
+    for split, url in wanted:
+        index = load_index(url)
+        sizes = {"images": index.num_samples, "classes": index.num_classes}
+        datasets.append({"split": split, "url": url, "digest": index.digest, **sizes})
+    folder.write_json("datasets.json", {"datasets": datasets})
+
+
 def check_labels(config: RunConfig) -> None:
     """Refuses to train a classifier on images without a label, or with one that it has no class for.
 
@@ -141,4 +156,5 @@ def prepare_run(
     check_first_weights(config, found)
     check_disk_space(config, found)
     folder = open_run(config, identity, kind=kind, study=study, parent_uid=parent_uid, stage=stage, uri=uri)
+    record_datasets(config, folder)
     return config, folder
