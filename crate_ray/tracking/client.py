@@ -8,6 +8,7 @@ request is tried once, and the mirror does the waiting.
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
@@ -95,6 +96,6 @@ def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line; of a long one both ends, since MLflow puts the cause last."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An exception as one line, without passwords; of a long one both ends, since MLflow puts the cause last."""
+    text = re.sub(r"//[^/\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"

@@ -5,13 +5,14 @@ have none. The rows come with the runs, by pages of a thousand, so that no run c
 once and has to answer in time: a comparison is the foreground, and a server that is down is the user's to start.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from crate_ray.config import ConfigError
-from crate_ray.runs.rows import RunRow
+from crate_ray.runs.rows import RunRow, Split
 from crate_ray.tracking.client import absolute_uri, configure, database_path, one_line, open_client, public_uri
 from crate_ray.tracking.row_tag import ROW_TAG, unpack_row
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 PAGE = 1000
 _NO_ROWS = ("sweep", "probe", "compare")  # kinds of runs that no comparison reads
 _SYNC = "`crate-ray tracking sync ROOT` tells MLflow what a comparison needs"
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,32 @@ class ExperimentRows:
     unread: Mapping[str, list[str]]
 
 
-def rows_of_experiment(uri: str, experiment: str, *, split: str, timeout_s: float = 10) -> ExperimentRows:
+def rows_of_experiment(uri: str, experiment: str, *, split: Split, timeout_s: float = 10) -> ExperimentRows:
     """Reads every run of an experiment.
 
     Args:
         uri: The tracking store.
         experiment: Name of the experiment.
-        split: Whose judgement the rows hold: test or validation.
-        timeout_s: How long the store may take to answer at first, and each page after that.
+        split: Whose judgement the rows hold.
+        timeout_s: How long the store may take to answer a request.
 
     Raises:
         ConfigError: There is no such store or experiment, or it does not answer in time.
     """
-    client = _connect(uri, timeout_s)
-    found = _within(lambda: client.get_experiment_by_name(experiment), uri, timeout_s)
-    if found is None or found.lifecycle_stage != "active":
-        names = _within(lambda: _experiments(client), uri, timeout_s)
-        raise ConfigError(
-            f"there is no experiment '{experiment}' at {public_uri(absolute_uri(uri))}; there "
-            + (f"are: {', '.join(names)}" if names else "is none at all")
-        )
+    uri = absolute_uri(uri)
+    with _as_one_message(uri, timeout_s):
+        client = _connect(uri, timeout_s)
+        found = client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage != "active":
+            names = ", ".join(_experiments(client))
+            known = f"there are: {names}" if names else "there is none at all"
+            raise ConfigError(f"no experiment '{experiment}' at {public_uri(uri)}; {known}")
+        return _read(_runs(client, found.experiment_id), split)
+
+
+def _read(runs: Iterator["Run"], split: Split) -> ExperimentRows:
     rows, unread = list[RunRow](), dict[str, list[str]]()
-    for run in _runs(client, found.experiment_id, uri, timeout_s):
+    for run in runs:
         if run.data.tags.get("kind") in _NO_ROWS:
             continue
         try:
@@ -73,65 +77,55 @@ def rows_of_experiment(uri: str, experiment: str, *, split: str, timeout_s: floa
 
 def _connect(uri: str, timeout_s: float) -> "MlflowClient":
     """A client of a store that is there; a database file is not made by asking for it."""
-    path = database_path(absolute_uri(uri))
+    path = database_path(uri)
     if path is not None and not path.is_file():
         raise ConfigError(
             f"there is no MLflow database {path}; name the store with --uri, or give the folders of the runs "
             "(`crate-ray tracking sync ROOT` makes one from them)"
         )
+    if path is None and not uri.startswith(("http://", "https://")):
+        _check_answer(uri, timeout_s)
+    return open_client(uri, timeout_s=timeout_s)
+
+
+def _check_answer(uri: str, timeout_s: float) -> None:
+    """Connects to a database once: MLflow itself tries for hours, behind a lock that other stores wait for."""
+    from sqlalchemy import create_engine
+
+    create_engine(uri, connect_args={"connect_timeout": math.ceil(timeout_s)}).connect().close()
+
+
+@contextlib.contextmanager
+def _as_one_message(uri: str, timeout_s: float) -> Iterator[None]:
+    """What MLflow or the driver of a database raises, as what the user can do about it."""
     configure(timeout_s=timeout_s)
-    import mlflow  # noqa: F401 - takes seconds, which are not the store's
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return _within(lambda: open_client(uri, timeout_s=timeout_s), uri, timeout_s)
-
-
-def _within(ask: Callable[[], _Answer], uri: str, timeout_s: float) -> _Answer:
-    """The answer of a store, in a thread that can be left behind: a database has no time limit of its own.
-
-    Raises:
-        ConfigError: It did not answer within `timeout_s`, or with an error.
-    """
-    answers = list[_Answer]()
-    errors = list[Exception]()
-
-    def call() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001 - told in the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=call, name="mlflow-query", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if answers:
-        return answers[0]
-    if errors and isinstance(errors[0], ConfigError):
-        raise errors[0]
-    reason = f"cannot be read ({one_line(errors[0])})" if errors else f"does not answer within {timeout_s:g} s"
-    raise ConfigError(
-        f"MLflow at {public_uri(absolute_uri(uri))} {reason}; start it, name another store with --uri, "
-        "or give the folders of the runs"
-    ) from None
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ConfigError(
+            f"MLflow at {public_uri(uri)} does not answer within {timeout_s:g} s ({one_line(error)}); start it, "
+            "name another store with --uri, or give the folders of the runs"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{public_uri(uri)} needs the module {error.name}, which is not installed") from None
 
 
 def _experiments(client: "MlflowClient") -> list[str]:
-    """Names of those that are not in the trash and not MLflow's own empty one."""
-    found = client.search_experiments(max_results=PAGE)
-    return sorted(item.name for item in found if item.experiment_id != "0")
+    """Names of those that are not in the trash, without MLflow's own empty one."""
+    return sorted(item.name for item in client.search_experiments(max_results=PAGE) if item.experiment_id != "0")
 
 
-def _runs(client: "MlflowClient", experiment_id: str, uri: str, timeout_s: float) -> Iterator["Run"]:
+def _runs(client: "MlflowClient", experiment_id: str) -> Iterator["Run"]:
     token: str | None = None
     while True:
-        page = _within(lambda token=token: _page(client, experiment_id, token), uri, timeout_s)  # type: ignore[misc]
+        page = client.search_runs([experiment_id], max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token)
         yield from page
         token = page.token
         if not token:
             return
-
-
-def _page(client: "MlflowClient", experiment_id: str, token: str | None) -> Any:
-    return client.search_runs([experiment_id], max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token)
 
 
 def _why_no_tag(run: "Run") -> str:

@@ -1,6 +1,6 @@
 """What a comparison needs of a run, as one tag on its MLflow run.
 
-In: the rows of a run, or the text of the tag. Out: the text, or a row. The row as judged on the test split and that as judged
+In: a run folder, or the text of the tag. Out: the text, or a row. The row as judged on the test split and that as judged
 on validation share nearly all they say, so both are one compressed JSON text: about 1 kB of the 8,000 characters that MLflow
 takes. The trade-off: a person cannot read the tag, but every number in it is a metric or a parameter of the run as well; in
 return a comparison of a thousand runs is one search, without a request for each run.
@@ -12,14 +12,26 @@ import zlib
 from collections.abc import Mapping
 
 from crate_ray.config import ConfigError
-from crate_ray.runs.rows import RunRow
+from crate_ray.runs import RunFolder
+from crate_ray.runs.rows import RunRow, Split, read_run_row
 from crate_ray.tracking.limits import MAX_TAG
 
 ROW_TAG = "crate_ray.row"
+SPLITS: tuple[Split, ...] = ("test", "validation")
 _PREFIX = "deflate;"
 
 
-def pack_rows(rows: Mapping[str, RunRow]) -> str:
+def row_tag(folder: RunFolder) -> str | None:
+    """The tag of a run as its folder stands; None where the folder is no trained run.
+
+    Raises:
+        ConfigError: The text is longer than a tag may be.
+    """
+    rows = {split: row for split in SPLITS if (row := read_run_row(folder, split=split)) is not None}
+    return pack_rows(rows) if rows else None
+
+
+def pack_rows(rows: Mapping[Split, RunRow]) -> str:
     """The rows of one run by the split they were judged on, as a tag's text; equal rows give an equal text.
 
     Raises:
@@ -34,7 +46,7 @@ def pack_rows(rows: Mapping[str, RunRow]) -> str:
     return packed
 
 
-def unpack_row(text: str, split: str) -> RunRow:
+def unpack_row(text: str, split: Split) -> RunRow:
     """The row as judged on a split.
 
     Raises:

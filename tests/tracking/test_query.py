@@ -106,14 +106,15 @@ def test_a_store_that_never_answers_is_an_error_in_the_stated_time(scheme: str) 
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         started = time.monotonic()
-        with pytest.raises(ConfigError, match="does not answer within 1 s"):
-            rows_of_experiment(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/x", "any", split="test", timeout_s=1)
+        with pytest.raises(ConfigError, match="does not answer within 2 s"):
+            rows_of_experiment(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/x", "any", split="test", timeout_s=2)
         assert time.monotonic() - started < 20  # the import of MLflow is not the store's time
 
 
 def test_a_server_that_is_down_is_an_error_that_names_it_without_its_password() -> None:
-    with pytest.raises(ConfigError, match=r"MLflow at http://127\.0\.0\.1:\d+ cannot be read"):
+    with pytest.raises(ConfigError, match=r"MLflow at http://127\.0\.0\.1:\d+ does not answer within 2 s") as error:
         rows_of_experiment(f"http://me:secret@127.0.0.1:{free_port()}", "any", split="test", timeout_s=2)
+    assert "secret" not in str(error.value)
 
 
 def test_a_row_far_larger_than_any_real_one_fits_a_tag_and_a_larger_one_is_refused() -> None:
