@@ -8,13 +8,21 @@ return a comparison of a thousand runs is one search, without a request for each
 
 import base64
 import json
+import logging
 import zlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
 from crate_ray.runs.rows import RunRow, Split, read_run_row
+from crate_ray.tracking.client import one_line
 from crate_ray.tracking.limits import MAX_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 ROW_TAG = "crate_ray.row"
 SPLITS: tuple[Split, ...] = ("test", "validation")
@@ -29,6 +37,37 @@ def row_tag(folder: RunFolder) -> str | None:
     """
     rows = {split: row for split in SPLITS if (row := read_run_row(folder, split=split)) is not None}
     return pack_rows(rows) if rows else None
+
+
+class MirroredRow:
+    """The tag of one run as MLflow has it, and brought up to date.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._held: str | None = None
+
+    def restore(self, tags: Mapping[str, str]) -> None:
+        """What MLflow has already."""
+        self._held = tags.get(ROW_TAG)
+
+    def send(self, client: "MlflowClient", run_id: str) -> None:
+        """Writes the tag where the folder says more than it does.
+
+        Raises:
+            mlflow.exceptions.MlflowException: The store does not answer.
+        """
+        try:
+            text = row_tag(self._folder)
+        except (ConfigError, LookupError, TypeError, ValueError) as error:  # a file that another release wrote
+            logger.warning("run %s is not told to comparisons in MLflow: %s", self._folder.name, one_line(error))
+            return
+        if text is not None and text != self._held:
+            client.set_tag(run_id, ROW_TAG, text)
+            self._held = text
 
 
 def pack_rows(rows: Mapping[Split, RunRow]) -> str:
