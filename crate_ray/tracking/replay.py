@@ -1,40 +1,41 @@
 """One run folder, replayed to MLflow: from the beginning, or from where an earlier replay stopped.
 
-In: a RunFolder. Out: an MLflow run with its points, status and small files. Delivery is at least
-once: a point is (key, step, time of measurement, value), which the server stores once however often
-it comes, so a lost or wrong progress marker costs time and never correctness. MLflow cannot take a
-point back: steps that a resumed attempt repeats are sent once, from the attempt that came first,
-where the run folder lets the last attempt win. A second point there would draw a saw-tooth. A small file is
-uploaded once for each content: pictures made after the run's end go with the next replay, and only they.
+In: a RunFolder. Out: an MLflow run with its points, status and small files. Everything may be sent again: points are
+stored once (see backlog), tags and parameters replace themselves, a small file is uploaded once for each content; so a
+lost or wrong progress marker costs time and never correctness. MLflow cannot take a point back: steps that a resumed
+attempt repeats are sent once, from the attempt that came first, where the run folder lets the last attempt win. A second
+point there would draw a saw-tooth.
+MLflow itself never notices that a driver died. While a run goes on, a tag says when its driver was last known to live.
 """
 
 import hashlib
 import logging
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crate_ray import storage
-from crate_ray.runs import Record, RecordTail, RunFolder, Status, read_status
+from crate_ray.runs import RunFolder, Status, read_status
+from crate_ray.tracking.backlog import Backlog
 from crate_ray.tracking.client import one_line, public_uri
 from crate_ray.tracking.content import RunContent
-from crate_ray.tracking.describe import PARENT_TAG, RUN_UID_TAG, Description, describe, to_ms
-from crate_ray.tracking.limits import MAX_TAG, valid_key, valid_text
+from crate_ray.tracking.describe import HEARTBEAT_TAG, PARENT_TAG, RUN_UID_TAG, Description, describe, to_ms
+from crate_ray.tracking.limits import MAX_TAG, log_params, log_points, log_tags, point, valid_text
+from crate_ray.tracking.row_tag import MirroredRow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 500
 MARKER = "tracking.json"
 MAX_ARTIFACT_BYTES = 8 * 2**20
 MAX_PICTURES = 64
-_JUDGED = ("final/", "emergence/")  # measured of a finished run, and again when its judge changes
+BEAT_SECONDS = 60.0  # between two heartbeats of a run in MLflow
+_MAX_TWINS = 20
 _FILES = (
     "config.yaml", "fingerprint.json", "final.json", "trial.json", "sweep.yaml", "results.json", "report.md",
 )  # fmt: skip
@@ -66,12 +67,9 @@ class RunReplay:
         self.folder = folder
         self.parent_uid = parent_uid
         self.run_id: str | None = None
-        self.sent = 0
-        self._tail = RecordTail(folder)
-        self._queue: deque[Record] = deque()
-        self._passed = 0  # records before the queue, sent now or earlier
-        self._last: Record | None = None
-        self._last_step: dict[str, int] = {}
+        self._backlog = Backlog(folder)
+        self._beaten: float | None = None  # the driver's heartbeat that MLflow shows
+        self._next_beat = 0.0
         self._status: Status | None = None
         self._described: Description | None = None
         self._mirrored: tuple[str, int] | None = None  # (state, attempt) that MLflow shows
@@ -80,16 +78,32 @@ class RunReplay:
         self._files_sent_at: tuple[str, int] | None = None  # (state, attempt) at which this replay sent the files
         self._marker: dict[str, Any] = {}
         self._content = RunContent(folder)  # what is shown beside the numbers
+        self._row = MirroredRow(folder)
+
+    @property
+    def sent(self) -> int:
+        """Records sent by this replay."""
+        return self._backlog.sent
 
     @property
     def pending(self) -> int:
         """Records read from the folder and not sent."""
-        return len(self._queue)
+        return len(self._backlog)
+
+    @property
+    def pending_points(self) -> int:
+        """Values in memory."""
+        return self._backlog.points
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether records wait, in memory or in the folder, as far as it was read."""
+        return self._backlog.is_behind
 
     @property
     def is_complete(self) -> bool:
         """Whether the run ended well and all of it is in MLflow."""
-        return self._mirrored is not None and self._mirrored[0] == "FINISHED" and not self._queue
+        return self._mirrored is not None and self._mirrored[0] == "FINISHED" and not self.is_behind
 
     @property
     def has_ended(self) -> bool:
@@ -101,13 +115,11 @@ class RunReplay:
         self._files_sent_at = None
 
     def poll(self) -> None:
-        """Reads what is new. The status first: a run that had ended then has no record after this."""
+        """Reads what is new, a piece at a time. The status first: of a run that had ended then, the last piece is the end."""
         if self._described is None:
             self._described = describe(self.folder)
         self._status = read_status(self.folder)
-        records = [self._without_repeats(record) for record in self._tail.poll()]
-        self._queue.extend(records)
-        self._content.see(records)
+        self._content.see(self._backlog.poll())
         self._content.poll()
 
     def push(self, session: Session, *, expired: Callable[[], bool] = lambda: False) -> None:
@@ -121,16 +133,13 @@ class RunReplay:
         if self.run_id is None:
             self._open(session, self._described)
         try:
-            for records, metrics in self._batches():
-                if metrics:
-                    session.client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-                self._advance(records)
-                self.sent += records
-                if expired():
-                    return
+            self._beat(session)
             self._link_parent(session)
+            self._backlog.push(session.client, self._run_id, expired=expired)
+            if self._backlog:
+                return
             self._content.send(session.client, self._run_id, self._described, self._status)
-            if self._status is not None and not self._queue:
+            if self._status is not None and not self.is_behind:
                 self._mirror_status(session, self._status)
         finally:
             self._save_marker(session)
@@ -142,24 +151,40 @@ class RunReplay:
 
     def _open(self, session: Session, described: Description) -> None:
         """Finds the run by its tag or creates it, completes its parameters, and skips what it has."""
-        client = session.client
-        found = find_run(session, described.run_uid)
+        found = self._find_one(session, described.run_uid)
         if found is None:
-            found = client.create_run(
-                session.experiment_id, start_time=described.start_ms, tags=described.tags, run_name=described.name
+            beat = self._status.heartbeat if self._status else described.start_ms / 1000
+            found = session.client.create_run(
+                session.experiment_id,
+                start_time=described.start_ms,
+                tags=described.tags | {HEARTBEAT_TAG: f"{beat:.0f}"},
+                run_name=described.name,
             )
+            self._has_beaten(beat)
         run_id = str(found.info.run_id)
         missing = {key: value for key, value in described.params.items() if key not in found.data.params}
-        if missing:
-            from mlflow.entities import Param
-
-            client.log_batch(run_id, params=[Param(key, value) for key, value in missing.items()], synchronous=True)
+        log_params(session.client, run_id, missing)
         tags = found.data.tags
+        log_tags(session.client, run_id, {key: value for key, value in described.tags.items() if key not in tags})
         self._mirrored = (str(found.info.status), int(tags.get("attempt", 0)))
         self._has_parent = PARENT_TAG in tags
+        self._row.restore(tags)
         self._skip_sent(session, run_id)
         session.run_ids[described.run_uid] = run_id
         self.run_id = run_id
+
+    def _find_one(self, session: Session, run_uid: str) -> Any:
+        """This run in MLflow, or None; of several, that of the marker, or the oldest, and the others are deleted.
+
+        There are several where two processes created it at once, or a server took so long over it that it was asked again.
+        """
+        found = find_runs(session, run_uid)
+        if len(found) > 1:
+            known = (self.folder.read_json(MARKER) or {}).get("run_id") if self.run_id is None else self.run_id
+            found.sort(key=lambda run: run.info.run_id != known)  # stable: the known one, then by age
+            for twin in found[1:]:
+                session.client.delete_run(twin.info.run_id)
+        return found[0] if found else None
 
     def _skip_sent(self, session: Session, run_id: str) -> None:
         """Follows the marker where it is about this MLflow run and agrees with the records."""
@@ -169,37 +194,27 @@ class RunReplay:
         stored = marker.get("artifacts")
         self._stored = dict(stored) if isinstance(stored, dict) else {}
         self._content.restore(marker.get("content"))
-        count = marker.get("records", 0)
-        if self._passed == 0 and 0 < count <= len(self._queue) and marker.get("last") == _stamp(self._queue[count - 1]):
-            self._advance(count)
+        self._backlog.resume(marker)
 
-    def _batches(self) -> Iterator[tuple[int, list["Metric"]]]:
-        """The queue as (number of records, their points); whole records, cut only where one is larger than a batch."""
-        while self._queue:
-            count, metrics = 0, list["Metric"]()
-            for record in self._queue:
-                points = _points(record)
-                if metrics and len(metrics) + len(points) > MAX_BATCH:
-                    break
-                metrics.extend(points)
-                count += 1
-            for start in range(0, max(len(metrics) - MAX_BATCH, 0), MAX_BATCH):
-                yield 0, metrics[start : start + MAX_BATCH]
-            yield count, metrics[-(len(metrics) % MAX_BATCH or MAX_BATCH) :]
+    def _beat(self, session: Session) -> None:
+        """Says at most once a minute when the driver was last known to live; a run that somebody closed meanwhile is opened."""
+        status = self._status
+        if status is None or status.state != "RUNNING" or status.heartbeat == self._beaten:
+            return
+        is_shown = self._mirrored is not None and self._mirrored[0] == "RUNNING"
+        if is_shown and time.monotonic() < self._next_beat:
+            return
+        client = session.client
+        run = client.get_run(self._run_id)
+        if run.info.status != "RUNNING" and not status.is_stale:
+            client.update_run(self._run_id, status="RUNNING")
+            self._forget_failure(session, run)
+        client.set_tag(self._run_id, HEARTBEAT_TAG, f"{status.heartbeat:.0f}")
+        self._mirrored = ("RUNNING", self._mirrored[1] if self._mirrored else 0)
+        self._has_beaten(status.heartbeat)
 
-    def _without_repeats(self, record: Record) -> Record:
-        """The record without the steps of a key that an earlier attempt had measured.
-
-        What is measured of a finished run is exempt: judged again, the newer value is the one to show.
-        """
-        values = {k: v for k, v in record.values.items() if k.startswith(_JUDGED) or record.step > self._last_step.get(k, -1)}
-        self._last_step.update(dict.fromkeys(values, record.step))
-        return replace(record, values=values)
-
-    def _advance(self, count: int) -> None:
-        for _ in range(count):
-            self._last = self._queue.popleft()
-            self._passed += 1
+    def _has_beaten(self, beat: float) -> None:
+        self._beaten, self._next_beat = beat, time.monotonic() + BEAT_SECONDS
 
     def _link_parent(self, session: Session) -> None:
         """Puts the run below its sweep, as soon as the sweep is known."""
@@ -220,41 +235,41 @@ class RunReplay:
         state, attempt = self._mirrored or ("RUNNING", 0)
         if attempt != status.attempt:
             client.set_tag(self._run_id, "attempt", str(status.attempt))
-        if status.state == "RUNNING":
-            if state != "RUNNING":
-                client.update_run(self._run_id, status="RUNNING")
-        else:
+        if status.state != "RUNNING":
             self._send_finals(session, status)
             if state != status.state or attempt != status.attempt:
                 self._terminate(session, status)
         if self._files_sent_at != (status.state, status.attempt):
+            self._row.send(client, self._run_id)
             self._send_artifacts(session, status)  # of a run that goes on: what it was asked to do
         self._mirrored = (status.state, status.attempt)
 
     def _terminate(self, session: Session, status: Status) -> None:
+        client = session.client
+        run = self._find_one(session, self._described.run_uid) if self._described else None
         if status.state == "FAILED":
-            session.client.set_tag(self._run_id, "failure", valid_text(status.reason or "no reason given", MAX_TAG))
-        elif "failure" in session.client.get_run(self._run_id).data.tags:
+            client.set_tag(self._run_id, "failure", valid_text(status.reason or "no reason given", MAX_TAG))
+        elif run is not None:
+            self._forget_failure(session, run)
+        client.set_terminated(self._run_id, status.state, end_time=to_ms(status.ended or status.heartbeat))
+
+    def _forget_failure(self, session: Session, run: Any) -> None:
+        if "failure" in run.data.tags:
             session.client.delete_tag(self._run_id, "failure")  # of an earlier attempt
-        session.client.set_terminated(self._run_id, status.state, end_time=to_ms(status.ended or status.heartbeat))
 
     def _send_finals(self, session: Session, status: Status) -> None:
         """The values of final.json that no record carried; of a sweep, how many of its trials ended how."""
-        from mlflow.entities import Metric
-
         values = (self.folder.read_json("final.json") or {}).get("values", {})
         counts = (self.folder.read_json("results.json") or {}).get("counts", {})
         values |= {f"trials/{state.lower()}": count for state, count in counts.items()}
-        step = max(self._last_step.values(), default=0)
+        last_step = self._backlog.last_step
+        step = max(last_step.values(), default=0)
         time_ms = to_ms(status.ended or status.heartbeat)
-        metrics = [
-            Metric(valid_key(key), float(f"{float(value):.4g}"), time_ms, step)
-            for key, value in values.items()
-            if key not in self._last_step and value is not None
-        ]
-        if metrics:
-            session.client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-            self._last_step.update(dict.fromkeys(values, step))
+        new = {key: value for key, value in values.items() if key not in last_step and value is not None}
+        log_points(
+            session.client, self._run_id, [point(key, float(f"{float(v):.4g}"), time_ms, step) for key, v in new.items()]
+        )
+        last_step.update(dict.fromkeys(new, step))
 
     def _send_artifacts(self, session: Session, status: Status) -> None:
         """Uploads each small file once for each content. A store without room for files is no reason to hold up numbers."""
@@ -273,8 +288,7 @@ class RunReplay:
         marker = {
             "uri": public_uri(session.uri),
             "run_id": self._run_id,
-            "records": self._passed,
-            "last": _stamp(self._last) if self._last else None,
+            **self._backlog.marker(),
             "artifacts": dict(self._stored),
             "content": self._content.marker(),
         }
@@ -283,26 +297,21 @@ class RunReplay:
             self._marker = marker
 
 
-def find_run(session: Session, run_uid: str) -> Any:
-    """The MLflow run with a run_uid, or None; the oldest where two drivers raced to create it."""
+def find_runs(session: Session, run_uid: str) -> list[Any]:
+    """The MLflow runs with a run_uid, the oldest first."""
     found = session.client.search_runs(
         [session.experiment_id],
         filter_string=f"tags.`{RUN_UID_TAG}` = '{run_uid}'",
-        max_results=1,
+        max_results=_MAX_TWINS,
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
     )
+    return list(found)
+
+
+def find_run(session: Session, run_uid: str) -> Any:
+    """The MLflow run with a run_uid, or None; the oldest of several."""
+    found = find_runs(session, run_uid)
     return found[0] if found else None
-
-
-def _points(record: Record) -> list["Metric"]:
-    from mlflow.entities import Metric
-
-    time_ms = to_ms(record.time)
-    return [Metric(valid_key(key), value, time_ms, record.step) for key, value in record.values.items()]
-
-
-def _stamp(record: Record) -> dict[str, Any]:
-    return {"step": record.step, "time": record.time, "attempt": record.attempt}
 
 
 def _artifacts(folder: RunFolder) -> list[tuple[str, str | None]]:
