@@ -1,6 +1,6 @@
 """The run folder: layout, records, status, lease, fingerprint check. No torch, ray or mlflow here."""
 
-from crate_ray.runs.create import find_run, git_state, is_finished, open_run, record_precision, versions
+from crate_ray.runs.create import find_run, git_state, is_finished, open_run, record_precision, user_name, versions
 from crate_ray.runs.folder import RunFolder, list_runs, sweep_of
 from crate_ray.runs.interventions import (
     Intervention,
@@ -87,6 +87,7 @@ __all__ = [
     "sweep_of",
     "system_stream",
     "system_streams",
+    "user_name",
     "versions",
     "write_interventions",
     "write_status",

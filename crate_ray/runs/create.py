@@ -4,6 +4,7 @@ In: a RunConfig and its fingerprint. Out: the folder and what to do with it. The
 before any worker starts, so a refused run costs nothing and leaves nothing half-written.
 """
 
+import getpass
 import platform
 import subprocess
 import sys
@@ -109,11 +110,20 @@ def run_meta(*, family: str, kind: str, study: str, parent_uid: str | None) -> d
         "study": study,
         "parent_uid": parent_uid,
         "created": time.time(),
+        "user": user_name(),
         "git_commit": commit,
         "git_dirty": dirty,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **versions()},
     }
+
+
+def user_name() -> str:
+    """Who runs this process."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in passwd
+        return "unknown"
 
 
 def versions() -> dict[str, str]:

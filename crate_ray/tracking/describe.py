@@ -5,13 +5,13 @@ here follows from the folder alone, so that a replay years later says the same. 
 few parameters that tell runs apart in a table, not the whole configuration, which is an artifact.
 """
 
-import getpass
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.runs import RunFolder
+from crate_ray.runs import RunFolder, user_name
+from crate_ray.runs.rows import configuration_of
 from crate_ray.runs.settings import settings_of
 from crate_ray.tracking.limits import valid_params, valid_tags
 
@@ -22,6 +22,7 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_NAME = 18  # what the run list shows of a name
 # Vermilion and blue of Okabe and Ito: told apart with every kind of colour vision.
 FAMILY_COLOURS = {"crate": "#d55e00", "vit": "#0072b2"}
+_DIGEST_CHARS = 16
 _OTHER_COLOUR = "#7f7f7f"
 _SHORT = {"untied": "qkv", "shared": "1L"}
 _TRAINED = ("train", "trial", "control")
@@ -55,8 +56,8 @@ def describe(folder: RunFolder) -> Description | None:
         parent_uid=meta.get("parent_uid"),
         name=run_name(folder.name, config),
         start_ms=to_ms(float(meta["created"])),
-        tags=_tags(meta, config),
-        params=params_of(config, precision) if config else {},
+        tags=_tags(meta, config) | fingerprint_tags(fingerprint),
+        params=params_of(config, precision) | _configuration(config, fingerprint) if config else {},
     )
 
 
@@ -90,6 +91,22 @@ def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]
     return valid_params({key: _number(value) for key, value in settings.items()})
 
 
+def fingerprint_tags(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The first digits of a run's digests: what it is, what it may be compared with, and on which data."""
+    digests = {
+        "crate_ray.resume_digest": fingerprint.get("resume", {}).get("digest"),
+        "crate_ray.compare_digest": fingerprint.get("compare", {}).get("digest"),
+        "crate_ray.data_digest": fingerprint.get("compare", {}).get("parts", {}).get("data.digest"),
+    }
+    return {key: str(value)[:_DIGEST_CHARS] for key, value in digests.items() if value}
+
+
+def _configuration(config: RunConfig, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The parameter that runs share which differ in their seed alone: what charts average over. Readable, and unique."""
+    parts = fingerprint.get("resume", {}).get("parts")
+    return valid_params({"configuration": f"{settings_of(config)['arch']} {configuration_of(parts)}"}) if parts else {}
+
+
 def _config(folder: RunFolder) -> RunConfig | None:
     """The configuration; None for one that this version cannot read, whose numbers are sent all the same."""
     try:
@@ -109,19 +126,13 @@ def _tags(meta: Mapping[str, Any], config: RunConfig | None) -> dict[str, str]:
         "task": "classify" if config and config.task == "classify" else None,
         "seed": config.train.seed if config else None,
         "mlflow.runColor": FAMILY_COLOURS.get(str(family), _OTHER_COLOUR),
-        "mlflow.user": _user(),
+        "mlflow.user": meta.get("user") or user_name(),
         "mlflow.source.name": meta.get("command"),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": meta.get("git_commit"),
+        "crate_ray.git_dirty": None if meta.get("git_dirty") is None else str(meta["git_dirty"]).lower(),
     }
     return valid_tags({key: value for key, value in values.items() if value not in (None, "")})
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without an entry in passwd
-        return "unknown"
 
 
 def _number(value: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 from crate_ray import storage
 from crate_ray.runs import Lease, RecordWriter, RunFolder
 from crate_ray.runs.create import run_meta
+from crate_ray.runs.rows import configuration_of
 from crate_ray.tracking import sync
 from crate_ray.tracking.replay import MARKER
 
@@ -60,6 +61,7 @@ def test_a_run_arrives_with_flat_parameters_its_tags_and_the_times_of_measuremen
         "wd": "0.05",
         "seed": "3",
         "precision": "float32",
+        "configuration": f"crate_mae 12x384 {configuration_of(folder.read_json('fingerprint.json')['resume']['parts'])}",
     }
     expected = {"kind": "trial", "family": "crate", "study": "study", "seed": "3", "attempt": "1", "mlflow.runColor": "#d55e00"}
     assert expected.items() <= run.data.tags.items()
