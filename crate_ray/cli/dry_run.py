@@ -24,7 +24,7 @@ from crate_ray.runs import RunFolder, is_finished
 from crate_ray.storage import bytes_in_words
 
 if TYPE_CHECKING:
-    from crate_ray.launch.cluster import Capacity
+    from crate_ray.launch.capacity import Capacity
 
 _FLOAT32_BYTES = 4
 
@@ -220,7 +220,7 @@ def _find_device(config: RunConfig) -> tuple[str, list[Check]]:
             cluster.connect()
         except ConfigError as error:
             return _device_of(config, have), [Check("Ray", "fail", str(error), "correct RAY_ADDRESS, or unset it")]
-        have = cluster.capacity()
+        have = cluster.capacity(config.scale)
         rows = [*rows, _check_workers(config, have, where="the cluster", state="fail"), *_check_decoding(config)]
         return _device_of(config, have), rows
     if is_cluster:
@@ -241,7 +241,7 @@ def _device_of(config: RunConfig, have: "Capacity") -> str:
 
 def _uses_gpu(config: RunConfig, have: "Capacity") -> bool:
     if config.scale.use_gpu == "auto":
-        return have.total("GPU") >= config.scale.min_workers
+        return have.total_at_most("GPU") >= config.scale.min_workers
     return config.scale.use_gpu
 
 
@@ -252,7 +252,7 @@ def _check_workers(config: RunConfig, have: "Capacity", *, where: str, state: Li
     room = have.workers_at_most(need)
     each = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
     found = f"{workers_in_words(config.scale)} of {each} each; {where} has room for {room}"
-    if room >= config.scale.min_workers:
+    if have.may_fit(need, config.scale.min_workers):
         return Check("workers", "ok", found)
     ask = "" if state == "fail" else "; RAY_ADDRESS asks the cluster that is to run it"
     return Check("workers", state, found, f"lower scale.num_workers or scale.cpus_per_worker, or add nodes{ask}")

@@ -94,12 +94,13 @@ def live_forecast(
         num_samples: Images of the training data.
         wait: Time the runs where that was not done before; otherwise only what is there by now is taken.
     """
-    from crate_ray.launch.cluster import capacity, trial_room
+    from crate_ray.launch.cluster import trial_room
+    from crate_ray.launch.sweeps.driver import sweep_capacity
 
     measured: Mapping[str, Sequence[Measured]] | None = _read(folder, planned)
     if measured is None and not wait:
         return None
-    room = trial_room(sweep.resources_per_trial, capacity())
+    room = trial_room(sweep.resources_per_trial, sweep_capacity(sweep))
     concurrency = min(room, sweep.max_concurrent or room)
     measured = measured or _measure(sweep, folder, planned, concurrency)
     if measured is None:

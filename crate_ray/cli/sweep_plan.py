@@ -63,10 +63,11 @@ def _room(sweep: SweepConfig) -> dict[str, Any]:
     Raises:
         ConfigError: No cluster answers at RAY_ADDRESS, or a trial could never fit.
     """
-    from crate_ray.launch.cluster import capacity, check_trial_fits, connect, this_machine, trial_room
+    from crate_ray.launch.cluster import check_trial_fits, connect, this_machine, trial_room
+    from crate_ray.launch.sweeps.driver import sweep_capacity
 
     if os.environ.get("RAY_ADDRESS"):
-        where, have = f"the cluster at {connect()}", capacity()
+        where, have = f"the cluster at {connect()}", sweep_capacity(sweep)
     else:
         where, have = "this machine", this_machine()
     check_trial_fits(sweep.resources_per_trial, have)

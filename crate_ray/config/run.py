@@ -291,6 +291,12 @@ class ScaleConfig(Frozen):
         gt=0,
         description="a worker that makes no step for so long writes its stacks into hangs/ and ends; then as a failure",
     )
+    node_wait_s: float | None = Field(
+        None,
+        gt=0,
+        description="so long nodes are waited for that an autoscaler starts, even where it names none beforehand; null: 900 s "
+        "where it does, and elsewhere what does not fit is refused",
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="dense TFLOP/s of a worker's device, for MFU; null: as its vendor prints, where it is known"
     )

@@ -5,13 +5,13 @@ here turn Ray's endless waits (no cluster, too few CPUs) into an error in the fi
 """
 
 import logging
+import math
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from crate_ray.config import ConfigError, RunConfig, ScaleConfig
 from crate_ray.config.sweep import TrialResources
+from crate_ray.launch.capacity import Capacity, amounts_in_words
 
 log = logging.getLogger(__name__)
 
@@ -28,40 +28,10 @@ CONNECT_TIMEOUT_S = 10.0
 GPU_LOOK_S = 30.0
 
 
-GROW_TIMEOUT_S = 900  # a worker group waits so long for nodes that an autoscaler still has to start
+NODE_WAIT_S = 900.0  # so long nodes are waited for that an autoscaler still has to start
 ELASTIC_TIMEOUT_S = 15  # so long for room that was just seen; then the cluster is looked at again
+_START_MARGIN_S = 60.0  # the driver, which knows more to say, gives up before the group does
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the cluster has now, node by node, and the totals that an autoscaler could grow it to."""
-
-    nodes: tuple[dict[str, float], ...]
-    limit: dict[str, float]
-
-    def total(self, resource: str) -> float:
-        """Sum over the live nodes."""
-        return sum(node.get(resource, 0.0) for node in self.nodes)
-
-    def workers(self, need: dict[str, float]) -> int:
-        """How many workers of this need fit now; one worker never spans two nodes."""
-        return sum(_workers_on(node, need) for node in self.nodes)
-
-    def workers_at_most(self, need: dict[str, float]) -> int:
-        """How many an autoscaler could make room for; as many as now without one."""
-        return max(self.workers(need), _workers_on(self.limit, need) if self.limit else 0)
-
-
-def _workers_on(have: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """A fraction of a card is a fraction of one card: two halves never lie on two."""
-    fits = []
-    for key, amount in need.items():
-        if key == "GPU" and amount < 1:
-            fits.append(int(have.get(key, 0.0)) * int(1 / amount + 1e-9))
-        else:
-            fits.append(int(have.get(key, 0.0) / amount + 1e-9))
-    return min(fits)
 
 
 def connect() -> str:
@@ -128,14 +98,30 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def capacity() -> Capacity:
-    """What the cluster has, and could grow to where it has an autoscaler."""
-    import ray
-    from ray._private.state import state
+def capacity(scale: ScaleConfig | None = None) -> Capacity:
+    """What the cluster has, and may get where it has an autoscaler.
 
-    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
-    limit = state.get_max_resources_from_cluster_config() or {}
-    return Capacity(nodes, {key: float(value) for key, value in limit.items()})
+    Args:
+        scale: Its node_wait_s says that nodes may come even where nobody names them.
+    """
+    import ray
+
+    from crate_ray.launch.autoscaler import node_groups
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    groups, num_left = node_groups(nodes)
+    is_open = not groups and scale is not None and scale.node_wait_s is not None
+    return Capacity(tuple(dict(node["Resources"]) for node in nodes), groups, num_left, is_open)
+
+
+def node_wait_s(scale: ScaleConfig, have: Capacity) -> float:
+    """How long to wait for nodes that have yet to come; endless where none would come by themselves.
+
+    Args:
+        scale: Of the run.
+        have: What the cluster has.
+    """
+    return (scale.node_wait_s or NODE_WAIT_S) if have.may_grow else math.inf
 
 
 def this_machine() -> Capacity:
@@ -143,7 +129,7 @@ def this_machine() -> Capacity:
     import torch
     from ray._private.utils import get_num_cpus
 
-    return Capacity(({"CPU": float(get_num_cpus()), "GPU": float(torch.cuda.device_count())},), {})
+    return Capacity(({"CPU": float(get_num_cpus()), "GPU": float(torch.cuda.device_count())},))
 
 
 def worker_need(scale: ScaleConfig) -> dict[str, float]:
@@ -157,30 +143,36 @@ def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
     Raises:
         ConfigError: More CPUs or GPUs are asked for than the cluster can have.
     """
-    have = capacity()
-    gpus = max(have.total("GPU"), have.limit.get("GPU", 0.0))
+    have = capacity(scale)
     least = scale.min_workers
+    gpus = have.total_at_most("GPU")
     scale = scale.model_copy(update={"use_gpu": gpus >= least if scale.use_gpu == "auto" else scale.use_gpu})
     need = worker_need(scale)
-    fit = have.workers(need)
     _set_start_timeout(scale, have)
-    if fit >= least or (have.limit and all(least * amount <= have.limit.get(key, 0.0) for key, amount in need.items())):
+    if have.may_fit(need, least):
         return scale
-    asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
-    there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
-    fix = f"use at most {fit} workers, or lower scale.cpus_per_worker" if fit else "lower scale.cpus_per_worker, or add nodes"
+    room = have.workers_at_most(need)
+    fix = f"use at most {room} workers, or lower scale.cpus_per_worker" if room else "lower scale.cpus_per_worker, or add nodes"
     if scale.use_gpu and gpus < least:
         fix += ", or set scale.use_gpu=false"
     key = "scale.num_workers.min" if scale.is_elastic else "scale.num_workers"
-    raise ConfigError(f"{key} = {least} of {asked} each do not fit: the cluster's nodes have {there}, room for {fit}; {fix}")
+    raise ConfigError(
+        f"{key} = {least} of {amounts_in_words(need)} each do not fit: {have.described(need)}, room for {room}; "
+        f"{fix}{_open_fix(have)}"
+    )
+
+
+def _open_fix(have: Capacity) -> str:
+    """For a cluster whose autoscaler names no nodes, as under KubeRay."""
+    return "" if have.groups else ", or give scale.node_wait_s, seconds to wait, where an autoscaler may start nodes that fit"
 
 
 def _set_start_timeout(scale: ScaleConfig, have: Capacity) -> None:
     """How long a group waits for its room: for nodes that an autoscaler starts; briefly, where fewer workers would do."""
     if scale.is_elastic:
         os.environ.setdefault(_START_TIMEOUT, str(ELASTIC_TIMEOUT_S))
-    elif have.limit:
-        os.environ.setdefault(_START_TIMEOUT, str(GROW_TIMEOUT_S))
+    elif have.may_grow:
+        os.environ.setdefault(_START_TIMEOUT, str(node_wait_s(scale, have) + _START_MARGIN_S))
 
 
 def check_preprocessing(config: RunConfig) -> None:
@@ -194,11 +186,11 @@ def check_preprocessing(config: RunConfig) -> None:
     """
     if config.data.preprocess is None:
         return
-    have, scale = capacity(), config.scale
-    cpus = max(have.total("CPU"), have.limit.get("CPU", 0.0))
+    have, scale = capacity(config.scale), config.scale
+    cpus = have.total_at_most("CPU")
     workers = scale.max_workers  # room for fewer would be filled by workers, and none left for their actors
     need = workers * (scale.cpus_per_worker + 1)
-    if cpus < need:
+    if cpus < need and not have.is_open:
         raise ConfigError(
             f"data.preprocess = ray_data decodes on CPUs beside those of the workers: {workers} workers of "
             f"{scale.cpus_per_worker:g} CPU and one actor of 1 CPU for each need {need:g}, and the cluster has {cpus:g}; add "
@@ -214,9 +206,9 @@ def trial_need(resources: TrialResources) -> dict[str, float]:
 def trial_room(resources: TrialResources, have: Capacity) -> int:
     """How many trials fit side by side: on the live nodes, or on those that an autoscaler may still start.
 
-    The latter, so that demand appears for nodes that are not there yet.
+    The latter, so that demand appears for nodes that are not there yet: one trial more than now where nobody knows how many.
     """
-    return have.workers_at_most(trial_need(resources)) // resources.num_workers
+    return have.workers_at_most(trial_need(resources)) // resources.num_workers + have.is_open
 
 
 def worker_bytes(resources: TrialResources, have: Capacity) -> int | None:
@@ -228,8 +220,11 @@ def worker_bytes(resources: TrialResources, have: Capacity) -> int | None:
     if resources.gpus:
         whole = _gpu_bytes() if have.total("GPU") else None
         return None if whole is None else int(whole * resources.gpus)
-    parts = [node["memory"] * min(1.0, resources.cpus / node["CPU"]) for node in have.nodes if {"memory", "CPU"} <= node.keys()]
-    return int(max(parts)) if parts else None
+    coming = [group.resources for group in have.groups if group.num_left and have.num_left != 0]
+    if have.is_open or any("memory" not in node and node.get("CPU", 0.0) >= resources.cpus for node in coming):
+        return None  # a node that has yet to come may be larger than those that are there
+    nodes = [node for node in (*have.nodes, *coming) if {"memory", "CPU"} <= node.keys()]
+    return int(max((node["memory"] * min(1.0, resources.cpus / node["CPU"]) for node in nodes), default=0)) or None
 
 
 def _gpu_bytes() -> int | None:
@@ -259,18 +254,15 @@ def check_trial_fits(resources: TrialResources, have: Capacity) -> None:
     if trial_room(resources, have) == 0:
         raise ConfigError(
             f"resources_per_trial: {fit_problem(resources, have)}; lower resources_per_trial.num_workers, .cpus or .gpus, or "
-            "add nodes"
+            f"add nodes{_open_fix(have)}"
         )
 
 
 def fit_problem(resources: TrialResources, have: Capacity) -> str:
     """What a trial takes and the nodes do not have."""
     need = trial_need(resources)
-    asked = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
-    there = ", ".join(" and ".join(f"{node.get(key, 0.0):g} {key}" for key in need) for node in have.nodes) or "none"
-    grow = f" and can grow to {' and '.join(f'{have.limit.get(key, 0.0):g} {key}' for key in need)}" if have.limit else ""
     return (
-        f"a trial takes {resources.num_workers} x {asked} and never fits: the cluster's nodes have {there}{grow}, room for "
+        f"a trial takes {resources.num_workers} x {amounts_in_words(need)} and never fits: {have.described(need)}, room for "
         f"{have.workers_at_most(need)} such workers"
     )
 
@@ -287,7 +279,7 @@ def check_population_fits(population: int, resources: TrialResources, have: Capa
         ConfigError: The population and the room for it.
     """
     room = trial_room(resources, have)
-    if room < population:
+    if room < population and not have.is_open:
         raise ConfigError(
             f"scheduler.population: {population} trials over all arms train side by side, and the cluster has room for {room}; "
             "lower scheduler.population or resources_per_trial (cpus: 0.5 shares a CPU), or add nodes"

@@ -1,17 +1,45 @@
-"""Placement groups of Train controllers that are gone.
+"""Placement groups of this job: what it holds and waits for, and those of Train controllers that are gone.
 
-In: the cluster that this process belongs to. Out: groups removed. A group outlives the actor that made it until its whole job
-ends, and holds its resources meanwhile. Ray Train has a cleaner, which needs the dashboard and knows a group only when its
-workers have started; the control store itself knows the maker of each group, and whether it lives.
+In: the cluster that this process belongs to. Out: groups listed, groups removed. A group outlives the actor that made it until
+its whole job ends, and holds its resources meanwhile. Ray Train has a cleaner, which needs the dashboard and knows a group only
+when its workers have started; the control store itself knows the maker of each group, and whether it lives.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+
+@dataclass(frozen=True)
+class Group:
+    """A placement group.
+
+    Attributes:
+        id: Hexadecimal.
+        bundles: Resources of each.
+        is_placed: Whether it has them.
+    """
+
+    id: str
+    bundles: tuple[Mapping[str, float], ...]
+    is_placed: bool
+
+
+def groups() -> list[Group]:
+    """Those of this job that hold resources or wait for them."""
+    return [
+        Group(
+            group.placement_group_id.hex(),
+            tuple(dict(bundle.unit_resources) for bundle in group.bundles),
+            group.state == PlacementGroupTableData.CREATED,
+        )
+        for group in _groups_of_this_job()
+    ]
 
 
 def free_orphaned_groups() -> list[str]:

@@ -111,7 +111,7 @@ def _run(
 ) -> tuple[State, str | None]:
     """Fits, and leaves no worker behind when the driver itself fails."""
     try:
-        return _follow(fit, lease, signals, config.checkpoint.stop_grace_s, on_poll, on_stop)
+        return _follow(fit, config, lease, signals, on_poll, on_stop)
     except BaseException:
         fit.abort()
         raise
@@ -119,18 +119,25 @@ def _run(
 
 def _follow(
     fit: "Fit",
+    config: RunConfig,
     lease: Lease,
     signals: "StopSignals",
-    grace_s: float,
     on_poll: Callable[[], None],
     on_stop: Callable[[int], None],
 ) -> tuple[State, str | None]:
     """Waits for the fit, passing a stop on to the workers."""
+    from crate_ray.launch.waiting import NodeWatch
+
+    watch, grace_s = NodeWatch(config.scale), config.checkpoint.stop_grace_s
     deadline: float | None = None
     while fit.is_running():
         fit.wait(POLL_S)
         lease.beat()
         on_poll()
+        given_up = watch.look()
+        if given_up is not None and signals.received is None:
+            fit.abort()
+            return "FAILED", given_up
         if signals.received is not None:
             fit.stop()
             if deadline is None:

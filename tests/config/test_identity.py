@@ -49,6 +49,7 @@ def identity(*overrides: str) -> str:
         "health.lr_steps=7",
         "health.spike_z=4",
         "scale.peak_tflops=989",
+        "scale.node_wait_s=60",
         "storage.path=s3://bucket/runs",
         "tracking.uri=http://mlflow:5000",
         "tracking.experiment=crate-mae/other",

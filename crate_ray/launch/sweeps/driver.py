@@ -18,9 +18,10 @@ from itertools import chain
 from typing import Protocol
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, SchedulerConfig, SweepConfig
+from crate_ray.config import ConfigError, ScaleConfig, SchedulerConfig, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
+from crate_ray.launch.capacity import Capacity
 from crate_ray.launch.cluster import (
     capacity,
     check_population_fits,
@@ -41,6 +42,7 @@ from crate_ray.launch.sweeps.schedulers import size_bounds
 from crate_ray.launch.sweeps.searcher import PlannedSearch, Watcher
 from crate_ray.launch.sweeps.trial_session import recorded_reports
 from crate_ray.launch.train import EXIT_GRACE_S, POLL_S, StopSignals, failure_written
+from crate_ray.launch.waiting import NodeWatch
 from crate_ray.runs import (
     Lease,
     RunFolder,
@@ -164,9 +166,10 @@ def run_sweep(
     check_sweep(sweep, num_samples)
     find_price(sweep.budget, sweep.resources_per_trial)  # refuses one that is not known before anything starts
     connect()
-    check_trial_fits(sweep.resources_per_trial, capacity())
+    have = sweep_capacity(sweep)
+    check_trial_fits(sweep.resources_per_trial, have)
     if sweep.scheduler.type == "pbt":
-        check_population_fits(sweep.scheduler.population * len(arms(sweep)), sweep.resources_per_trial, capacity())
+        check_population_fits(sweep.scheduler.population * len(arms(sweep)), sweep.resources_per_trial, have)
     storage.check_writable(storage.join(folder.uri, ".."))
     with StopSignals() as signals:
         lease = Lease.take(folder)
@@ -203,6 +206,16 @@ def num_samples_of(sweep: SweepConfig) -> int:
     return int(load_source(absolute_paths(arm_config(sweep, first)).data.source).num_samples)
 
 
+def sweep_capacity(sweep: SweepConfig) -> Capacity:
+    """What the cluster has for a sweep, and may get."""
+    return capacity(scale_of(sweep))
+
+
+def scale_of(sweep: SweepConfig) -> ScaleConfig:
+    """How the runs of a sweep wait for nodes, which its arms share."""
+    return arm_config(sweep, next(iter(arms(sweep)))).scale
+
+
 def _spent_before(folder: RunFolder) -> dict[str, float]:
     spent = folder.read_json("spent.json") or {}
     return {key: value for key, value in spent.items() if key != "schema_version"}
@@ -237,6 +250,7 @@ class _Run:
         self.grace_s = arm_config(sweep, next(iter(arms(sweep)))).checkpoint.stop_grace_s
         self.cut_short: str | None = None
         self.is_stopping = threading.Event()
+        self.watch = NodeWatch(scale_of(sweep))
         self._room, self._looked_at = 1, 0.0
         self._room = self._find_room()
 
@@ -306,7 +320,7 @@ class _Run:
             num_samples=self.num_samples,
             parent_uid=self.uid,
             bounds=self._size_bounds(stage),
-            worker_bytes=worker_bytes(self.sweep.resources_per_trial, capacity()),
+            worker_bytes=worker_bytes(self.sweep.resources_per_trial, sweep_capacity(self.sweep)),
         )
         search = PlannedSearch(
             planner,
@@ -360,6 +374,10 @@ class _Run:
             self.lease.beat()
             self._look_around()
             self.on_poll()
+            given_up = self.watch.look()
+            if given_up is not None and deadline is None and self.signals.received is None:
+                experiment.abort()
+                return given_up
             if self.signals.received is not None and deadline is None:
                 self.is_stopping.set()
                 self._write_stop_file()
@@ -391,13 +409,14 @@ class _Run:
         self.events.notes(*_notes(self.sweep, spent))
 
     def _find_room(self) -> int:
-        resources, have = self.sweep.resources_per_trial, capacity()
+        resources, have = self.sweep.resources_per_trial, sweep_capacity(self.sweep)
         room = trial_room(resources, have)
         if room == 0 < self._room:
             log.warning("no trial can start, the sweep waits for nodes: %s", fit_problem(resources, have))
         elif room > 0 == self._room:
             log.warning("there is room for %d trials again", room)
-        return min(room, self.sweep.max_concurrent or room)
+        most = self.sweep.max_concurrent
+        return (most or room) if have.is_open else min(room, most or room)
 
     def _free_groups(self) -> None:
         if self.sweep.resources_per_trial.num_workers > 1:

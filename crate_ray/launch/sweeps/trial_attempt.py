@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from crate_ray.config import ConfigError, RunConfig
-from crate_ray.launch.cluster import GROW_TIMEOUT_S, resolve_scale, set_environment, worker_need
+from crate_ray.launch.cluster import NODE_WAIT_S, resolve_scale, set_environment, worker_need
 from crate_ray.launch.train import EXIT_GRACE_S, Fit
 from crate_ray.runs import Lease, LeaseLostError, RunFolder
 from crate_ray.training.health import TrainingDivergedError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 5.0
 """So long a trial holds its folder without being asked for its next report: Tune keeps actors of paused trials in store."""
-FIRST_WORD_S = 4 * GROW_TIMEOUT_S + 1800.0
+FIRST_WORD_S = 4 * NODE_WAIT_S + 1800.0
 """So long several workers may take to begin: as often as Ray waits for nodes that an autoscaler starts, and half an hour."""
 LOOK_S = 1.0  # between two looks for a stop, and for a beat that is due
 _POLL_S = 0.05

@@ -9,7 +9,8 @@ import pytest
 from crate_ray.config import SweepConfig
 from crate_ray.config.sweep import TrialResources
 from crate_ray.data import load_source
-from crate_ray.launch.cluster import Capacity, worker_bytes
+from crate_ray.launch.capacity import Capacity
+from crate_ray.launch.cluster import worker_bytes
 from crate_ray.launch.sweeps.budget import Budget
 from crate_ray.launch.sweeps.roster import Roster
 from crate_ray.launch.sweeps.searcher import PlannedSearch
@@ -116,12 +117,12 @@ def test_only_the_trials_that_fit_are_proposed(digits: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(("cpus", "expected"), [(1.0, 8 << 30), (4.0, 32 << 30), (16.0, 64 << 30)])
 def test_a_worker_has_its_part_of_the_largest_node(cpus: float, expected: int) -> None:
     small, large = {"CPU": 2.0, "memory": float(4 << 30)}, {"CPU": 8.0, "memory": float(64 << 30)}
-    assert worker_bytes(TrialResources(cpus=cpus), Capacity((small, large), {})) == expected
+    assert worker_bytes(TrialResources(cpus=cpus), Capacity((small, large))) == expected
 
 
 def test_without_a_node_or_a_gpu_the_memory_is_not_known() -> None:
-    assert worker_bytes(TrialResources(), Capacity((), {})) is None
-    assert worker_bytes(TrialResources(gpus=1), Capacity(({"CPU": 8.0, "memory": float(64 << 30)},), {})) is None
+    assert worker_bytes(TrialResources(), Capacity(())) is None
+    assert worker_bytes(TrialResources(gpus=1), Capacity(({"CPU": 8.0, "memory": float(64 << 30)},))) is None
 
 
 def test_a_watcher_that_fails_ends_no_sweep(digits: Path, tmp_path: Path) -> None:

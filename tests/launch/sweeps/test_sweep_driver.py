@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import ConfigError, SweepConfig
-from crate_ray.launch.cluster import Capacity
+from crate_ray.launch.capacity import Capacity
 from crate_ray.launch.sweeps.driver import Silent, _begin, _forget_unplanned, _Run, _settle
 from crate_ray.launch.train import StopSignals
 from crate_ray.runs import Lease, RunFolder, Status, TrialRow, list_trials, read_status, read_sweep, write_status
@@ -25,7 +25,7 @@ SWEEP = {
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Run:
-    monkeypatch.setattr("crate_ray.launch.sweeps.driver.capacity", lambda: Capacity(({"CPU": 1.0},), {}))
+    monkeypatch.setattr("crate_ray.launch.sweeps.driver.capacity", lambda scale: Capacity(({"CPU": 1.0},)))
     folder = RunFolder(str(tmp_path / "tested"))
     sweep = SweepConfig.parse(SWEEP)
     lease = Lease.take(folder)
@@ -67,7 +67,7 @@ def test_a_cluster_that_shrinks_to_nothing_is_said_once_and_so_is_its_return(
     driver: _Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def looks(*nodes: dict[str, float]) -> list[str]:
-        monkeypatch.setattr("crate_ray.launch.sweeps.driver.capacity", lambda: Capacity(nodes, {}))
+        monkeypatch.setattr("crate_ray.launch.sweeps.driver.capacity", lambda scale: Capacity(nodes))
         caplog.clear()
         for _ in range(2):
             driver._looked_at = 0.0

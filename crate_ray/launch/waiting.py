@@ -1,0 +1,110 @@
+"""A driver that waits for nodes says so, and gives up when none comes.
+
+In: the placement groups of this job, which are what workers and trials wait with, and what the autoscaler does. Out: warnings,
+and in the end a reason. Ray itself waits without a word. A worker group of a range of sizes asks for its room in another way
+and waits for as long as it takes; see `launch.policies`.
+"""
+
+import logging
+import time
+from collections import Counter
+
+from crate_ray.config import ScaleConfig
+from crate_ray.launch.autoscaler import Growth, growth
+from crate_ray.launch.capacity import Capacity, amounts_in_words
+from crate_ray.launch.cluster import capacity, node_wait_s
+from crate_ray.launch.placement import Group, groups
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0  # between two looks
+FIRST_WORD_S = 15.0  # so long there may be no room without a word; the next ones come after a minute, two, four ...
+_COMPUTING = ("CPU", "GPU")
+
+
+class NodeWatch:
+    """Looks now and then at what this job waits for.
+
+    Args:
+        scale: Its node_wait_s bounds the wait.
+    """
+
+    def __init__(self, scale: ScaleConfig) -> None:
+        self._scale = scale
+        self._looked = float("-inf")
+        self._seen: dict[str, float] = {}
+        self._idle_since: float | None = None
+        self._next_word, self._trouble = FIRST_WORD_S, ""
+
+    def look(self) -> str | None:
+        """Says what is waited for.
+
+        Returns:
+            Why to give up: nothing of this job runs, and no room came in `scale.node_wait_s`.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return None
+        self._looked = now
+        mine = [group for group in groups() if _computes(group)]
+        waiting = [group for group in mine if not group.is_placed]
+        self._seen = {group.id: self._seen.get(group.id, now) for group in waiting}
+        is_idle = len(waiting) == len(mine) > 0
+        self._idle_since = (self._idle_since or now) if is_idle else None
+        if not waiting:
+            self._next_word, self._trouble = FIRST_WORD_S, ""
+            return None
+        waited = now - min(self._seen.values())
+        return self._judge(waiting, waited) if waited >= FIRST_WORD_S else None
+
+    def _judge(self, waiting: list[Group], waited: float) -> str | None:
+        have, doing = capacity(self._scale), growth()
+        trouble = trouble_in_words(doing, waiting)
+        if waited >= self._next_word or trouble != self._trouble:
+            self._next_word, self._trouble = max(60.0, 2 * self._next_word), trouble
+            log.warning("waiting for %.0f s for room for %s", waited, situation(waiting, have, doing))
+        patience = node_wait_s(self._scale, have)
+        if self._idle_since is None or time.monotonic() - self._idle_since < patience:
+            return None
+        asked = situation(waiting, have, doing)
+        return f"no room came within {patience:.0f} s for {asked}; the same command goes on once it is there"
+
+
+def _computes(group: Group) -> bool:
+    """Whether it is more than the small actor that follows the workers of a trial."""
+    return any(bundle.get(key) for bundle in group.bundles for key in _COMPUTING)
+
+
+def situation(waiting: list[Group], have: Capacity, doing: Growth) -> str:
+    """What is asked for, what is there, and what the autoscaler does about it.
+
+    Args:
+        waiting: What there is no room for.
+        have: What the cluster has.
+        doing: What its autoscaler does.
+    """
+    bundles = Counter(tuple(sorted(bundle.items())) for group in waiting for bundle in group.bundles)
+    asked = ", ".join(f"{count} x {amounts_in_words(dict(bundle))}" for bundle, count in bundles.items())
+    need = {key: 1.0 for bundle in bundles for key, _ in bundle}
+    parts = [f"{asked}: {have.described(need)}"]
+    if doing.coming:
+        since = "" if doing.since_s is None else f" since {doing.since_s:.0f} s"
+        parts.append(f"{', '.join(f'{count} x {name}' for name, count in doing.coming.items())} on their way{since}")
+    if trouble := trouble_in_words(doing, waiting):
+        parts.append(trouble)
+    elif not doing.coming:
+        parts.append("no node is on its way")
+    return "; ".join(parts)
+
+
+def trouble_in_words(doing: Growth, waiting: list[Group]) -> str:
+    """What keeps nodes from coming; empty where nothing is known to.
+
+    Args:
+        doing: What the autoscaler does.
+        waiting: What there is no room for.
+    """
+    parts = [f"{name} could not be started: {reason}" for name, reason in sorted(doing.failed.items())]
+    if any(group.id in doing.impossible for group in waiting):
+        parts.append("the autoscaler can add no node that holds it, or no more of them")
+    return "; ".join(parts)
