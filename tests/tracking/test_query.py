@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from crate_ray.config import ConfigError
-from crate_ray.runs.rows import Estimate, RunRow
-from crate_ray.tracking import initialise
+from crate_ray.runs import Lease, NullSink, RunFolder
+from crate_ray.runs.rows import Estimate, RunRow, Split, read_run_row
+from crate_ray.tracking import initialise, sync
 from crate_ray.tracking.limits import MAX_TAG
 from crate_ray.tracking.query import rows_of_experiment
 from crate_ray.tracking.row_tag import ROW_TAG, pack_rows, unpack_row
 from crate_ray.tracking.server import free_port
+from crate_ray.training.final import write_result
 
 
 def make_row(number: int = 0, **changes: Any) -> RunRow:
@@ -125,3 +127,39 @@ def test_a_row_far_larger_than_any_real_one_fits_a_tag_and_a_larger_one_is_refus
     assert unpack_row(packed, "validation") == row
     with pytest.raises(ConfigError, match="takes 8,000"):
         pack_rows({"test": make_row(values={f"{number * 7919:x}": number / 7 for number in range(2000)})})
+
+
+def judge(folder: RunFolder, split: str, accuracy: float) -> None:
+    body = {"values": {"final/probe_top1": accuracy}, "probe_top1": [accuracy, 0.8, 1.0], "protocol": 1, "split": split}
+    folder.write_json(f"probe_{split}.json", body)
+
+
+def test_a_mirrored_run_tells_its_row_and_tells_it_anew_when_it_was_judged_or_timed(
+    uri: str, client: Any, experiment: str, make_run: Any
+) -> None:
+    folder = make_run()
+    lease = Lease.take(folder)
+    write_result(
+        folder.read_config(),
+        folder,
+        NullSink(),
+        step=100,
+        train_seconds=3.0,
+        precision="float32",
+        measured={"final/eval_loss": 0.5},
+    )
+    lease.end("FINISHED")
+
+    def told(split: Split) -> RunRow:
+        assert [result.error for result in sync([folder], uri, experiment)] == [None]
+        (row,) = rows_of_experiment(uri, experiment, split=split).rows
+        assert row == read_run_row(folder, split=split)
+        return row
+
+    row = told("test")
+    assert (row.is_complete, row.images, row.judged_split, row.values["eval_loss"]) == (True, 6400, None, 0.5)
+    judge(folder, "validation", 0.91)
+    judge(folder, "test", 0.89)
+    assert (told("test").values["probe_top1"], told("validation").values["probe_top1"]) == (0.89, 0.91)
+    folder.write_json("timing.json", {"images_per_s": 640.0, "hardware": "1 x CPU", "exclusive": True})
+    assert told("test").exclusive_hours == pytest.approx(10 / 3600)
