@@ -25,7 +25,7 @@ def run_seed(recipe: str, overrides: list[str]) -> str:
     from crate_ray.runs import Lease, is_finished
     from crate_ray.training.loop import LocalContext, run_training
     from crate_ray.training.prepare import prepare_run
-    from crate_ray.training.probe import probe_run
+    from crate_ray.training.probes import ProbeRequest, probe_run
 
     torch.set_num_threads(1)
     config, folder = prepare_run(RunConfig.load(recipe, overrides), device_type="cpu")
@@ -34,7 +34,7 @@ def run_seed(recipe: str, overrides: list[str]) -> str:
         run_training(config, folder, LocalContext(lease.attempt))
         lease.end("FINISHED")
     if folder.read_json("probe_test.json") is None:
-        probe_run(folder, split="test")
+        probe_run(folder, ProbeRequest("test"))
     print("done", folder.name, flush=True)
     return folder.uri
 

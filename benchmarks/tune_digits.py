@@ -32,7 +32,7 @@ def run_point(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
     from crate_ray.training.loop import LocalContext, run_training
     from crate_ray.training.prepare import prepare_run
-    from crate_ray.training.probe import untrained
+    from crate_ray.training.probes import untrained
 
     torch.set_num_threads(1)
     config, folder = prepare_run(RunConfig.load(recipe, overrides), device_type="cpu")

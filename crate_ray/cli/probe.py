@@ -74,7 +74,7 @@ def _check(run_folders: list[str], *, pictures: bool, layers: list[int]) -> "lis
 
 def _without_labels(folders: "list[RunFolder]", split: Any) -> dict[str, str]:
     """Runs that have pictures but no probe, each with its reason, which is printed."""
-    from crate_ray.training.probe import without_labels
+    from crate_ray.training.probes import without_labels
 
     reasons = {folder.name: without_labels(folder.read_config(), split=split) for folder in folders}
     found = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -84,10 +84,10 @@ def _without_labels(folders: "list[RunFolder]", split: Any) -> dict[str, str]:
 
 
 def _judge(folder: "RunFolder", split: Any, ema: bool | None) -> dict[str, Any]:
-    from crate_ray.training.probe import probe_run
+    from crate_ray.training.probes import ProbeRequest, probe_run
 
     errors.print(f"[dim]{folder.name}: probing on {split}; a minute or two for 12,000 images ...[/dim]", soft_wrap=True)
-    report = probe_run(folder, split=split, use_ema=ema)
+    report = probe_run(folder, ProbeRequest(split, use_ema=ema))
     return report if _is_of_classifier(report) else _with_pixels(folder, report, split)
 
 
@@ -132,7 +132,7 @@ def _draw(folder: "RunFolder", layers: list[int]) -> dict[str, list[str]]:
 
 def _with_pixels(folder: "RunFolder", report: dict[str, Any], split: Any) -> dict[str, Any]:
     """Adds the accuracy of raw pixels, which belongs to the data, to a report that lacks it."""
-    from crate_ray.training.probe import probe_raw_pixels
+    from crate_ray.training.probes import probe_raw_pixels
 
     if "raw_pixels_top1" not in report:
         errors.print("[dim]raw pixels, the control without a model ...[/dim]")

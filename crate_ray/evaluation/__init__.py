@@ -3,7 +3,6 @@
 from crate_ray.evaluation.features import Features, extract_features, raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval, paired_gain
 from crate_ray.evaluation.probes import (
-    PROBE_PROTOCOL,
     FewLabelResult,
     Judgement,
     ProbeResult,
@@ -15,6 +14,7 @@ from crate_ray.evaluation.probes import (
     linear_probe,
     raw_pixel_probe,
 )
+from crate_ray.evaluation.protocols import PROBE_PROTOCOL
 
 __all__ = [
     "PROBE_PROTOCOL",

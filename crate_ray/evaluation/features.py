@@ -10,18 +10,23 @@ Shapes: B batch, N images, T tokens (class token first), D width, P pixels.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from crate_ray.config import ConfigError
+from crate_ray.evaluation.protocols import Token
 
 FloatArray = NDArray[np.float32]
 LabelArray = NDArray[np.int64]
+
+MAX_PIXEL_SIDE = 64
+_PIXEL_GRID = 32
 
 
 class ImageBatch(Protocol):
@@ -63,6 +68,21 @@ class Features:
     mean_ND: FloatArray
     cls_ND: FloatArray
     labels_N: LabelArray
+
+    def of(self, token: Token) -> FloatArray:
+        """What a probe reads: (N, D), or (N, 2 D) of both, the class token first."""
+        if token == "both":
+            return np.concatenate([self.cls_ND, self.mean_ND], axis=1)
+        return self.cls_ND if token == "cls" else self.mean_ND
+
+    def rows(self, numbers: NDArray[np.int64]) -> "Features":
+        """The features of some of the images, in this order."""
+        return Features(self.mean_ND[numbers], self.cls_ND[numbers], self.labels_N[numbers])
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """One set of features after the other."""
+    return Features(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Features)))
 
 
 @torch.inference_mode()
@@ -108,8 +128,10 @@ def extract_features(
 def raw_pixels(batches: Iterable[ImageBatch]) -> tuple[FloatArray, LabelArray]:
     """The control without a model: pixels in [0, 1], flattened.
 
+    Of images above `MAX_PIXEL_SIDE` a side, which no solver could take, the means over squares on a grid of 32 x 32 are taken.
+
     Returns:
-        pixels_NP float32 with P = 3 H W, and labels_N.
+        pixels_NP float32 with P = 3 H W, or 3 x 32 x 32, and labels_N.
 
     Raises:
         ConfigError: There is not one image.
@@ -117,7 +139,10 @@ def raw_pixels(batches: Iterable[ImageBatch]) -> tuple[FloatArray, LabelArray]:
     pixels, labels = [], []
     for batch in batches:
         kept_B = batch.weights_B > 0
-        pixels.append(batch.images_BCHW[kept_B].flatten(1).float().div(255).cpu())
+        images_BCHW = batch.images_BCHW[kept_B].float()
+        if max(images_BCHW.shape[-2:]) > MAX_PIXEL_SIDE:
+            images_BCHW = functional.adaptive_avg_pool2d(images_BCHW, _PIXEL_GRID)
+        pixels.append(images_BCHW.flatten(1).div(255).cpu())
         labels.append(batch.labels_B[kept_B].cpu())
     _require_images(sum(len(part) for part in labels))
     return torch.cat(pixels).numpy(), torch.cat(labels).numpy()

@@ -4,8 +4,7 @@ In: features of a training, a validation and a judged split. Out: top-1 accuraci
 intervals. Every choice (regularisation C) is made on validation; the judged split is scored once.
 Logistic regression is solved by scikit-learn in float64 to its default gradient tolerance: it
 costs about twice float32, and an ill-conditioned encoder (an untrained one, say) then still
-converges instead of failing in the line search. `PROBE_PROTOCOL` changes whenever a number
-could change; results of different protocols do not stand in one table.
+converges instead of failing in the line search. What is fixed, and its versions, is in `protocols`.
 
 Shapes: N training rows, Q judged rows, D features, C classes, K neighbours.
 """
@@ -23,12 +22,11 @@ from torch.nn import functional
 from crate_ray.config import ConfigError
 from crate_ray.evaluation.features import Features, FloatArray, LabelArray
 from crate_ray.evaluation.intervals import Interval, accuracy_interval
+from crate_ray.evaluation.protocols import C_GRID, PROBE_PROTOCOL, LinearProbe
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
-PROBE_PROTOCOL = 1
-C_GRID = (0.01, 0.1, 1.0)
 FEW_LABELS = (10, 50)
 FEW_LABEL_DRAWS = 20
 RAW_ROWS_PER_SOURCE = 4
@@ -111,6 +109,7 @@ class Judgement:
     cls_token: ProbeResult
     few_labels: dict[int, FewLabelResult | None]
     knn: Interval
+    knn_correct_Q: CorrectArray
     protocol: int = PROBE_PROTOCOL
 
 
@@ -146,16 +145,14 @@ def judge(
     splits = ((train, train_sources), (validation, validation_sources), (judged, judged_sources))
     mean = [Rows(part.mean_ND, part.labels_N, np.asarray(sources)) for part, sources in splits]
     cls = [Rows(part.cls_ND, part.labels_N, np.asarray(sources)) for part, sources in splits]
-    available = _smallest_class(mean[0])
+    available = smallest_class(mean[0])
+    knn_correct_Q = knn_correct(train.mean_ND, train.labels_N, judged.mean_ND, judged.labels_N, device=device)
     return Judgement(
         mean_token=linear_probe(*mean, seed=seed),
         cls_token=linear_probe(*cls, seed=seed),
         few_labels={n: few_label_probe(*mean, per_class=n, seed=seed) if n <= available else None for n in FEW_LABELS},
-        knn=accuracy_interval(
-            knn_correct(train.mean_ND, train.labels_N, judged.mean_ND, judged.labels_N, device=device),
-            judged_sources,
-            seed=seed,
-        ),
+        knn=accuracy_interval(knn_correct_Q, judged_sources, seed=seed),
+        knn_correct_Q=knn_correct_Q,
     )
 
 
@@ -171,6 +168,21 @@ def linear_probe(train: Rows, validation: Rows, judged: Rows, *, seed: int = 0) 
         seed: Of the bootstrap.
     """
     return _choose_and_score(train, validation, judged, standardise=True, seed=seed)
+
+
+def plain_probe(train: Rows, judged: Rows, probe: LinearProbe, *, seed: int = 0) -> ProbeResult:
+    """Multinomial logistic regression of a protocol that leaves nothing to choose.
+
+    Args:
+        train: Rows the probe is fitted on.
+        judged: Rows the accuracy is measured on.
+        probe: With one C.
+        seed: Of the bootstrap.
+    """
+    (c,) = probe.c_grid
+    (fit,) = _fit_grid(train.features_ND, train.labels_N, standardise=probe.standardise, c_grid=(c,))
+    correct_Q = _correct(fit, judged)
+    return ProbeResult(accuracy_interval(correct_Q, judged.sources_N, seed=seed), c, correct_Q)
 
 
 def _choose_and_score(train: Rows, validation: Rows, judged: Rows, *, standardise: bool, seed: int) -> ProbeResult:
@@ -228,7 +240,7 @@ def few_label_probe(
     Raises:
         ConfigError: A class has fewer source images than `per_class`.
     """
-    available = _smallest_class(train)
+    available = smallest_class(train)
     if per_class > available:
         raise ConfigError(
             f"{per_class} labels a class, but the smallest class has {available} source images; ask for at most {available}"
@@ -333,7 +345,9 @@ def require_scikit_learn() -> None:
         raise ConfigError("the linear probe needs scikit-learn, which is not installed; pip install scikit-learn")
 
 
-def _fit_grid(features_ND: FloatArray, labels_N: LabelArray, *, standardise: bool = True) -> "Sequence[Pipeline]":
+def _fit_grid(
+    features_ND: FloatArray, labels_N: LabelArray, *, standardise: bool = True, c_grid: Sequence[float] = C_GRID
+) -> "Sequence[Pipeline]":
     """One fitted probe for each C."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -345,7 +359,7 @@ def _fit_grid(features_ND: FloatArray, labels_N: LabelArray, *, standardise: boo
     # On small problems the threads of the linear algebra wait for each other: 35 times slower at 500 x 128 on two cores.
     with threadpool_limits(1 if values_ND.size < _ONE_THREAD_BELOW else None):
         return [
-            make_pipeline(scaler, LogisticRegression(C=c, max_iter=_MAX_ITERATIONS)).fit(values_ND, labels_N) for c in C_GRID
+            make_pipeline(scaler, LogisticRegression(C=c, max_iter=_MAX_ITERATIONS)).fit(values_ND, labels_N) for c in c_grid
         ]
 
 
@@ -354,7 +368,7 @@ def _correct(fit: "Pipeline", rows: Rows) -> CorrectArray:
     return np.equal(predicted_N, rows.labels_N)
 
 
-def _smallest_class(rows: Rows) -> int:
+def smallest_class(rows: Rows) -> int:
     """Source images of the class that has fewest."""
     names_N = rows.sources_N.astype(str)
     return min(len(np.unique(names_N[rows.labels_N == c])) for c in np.unique(rows.labels_N))

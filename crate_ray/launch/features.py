@@ -1,15 +1,27 @@
-"""Judging runs on the cluster: one Ray task a run, so that the probes of a comparison run side by side."""
+"""Judging runs on the cluster: one Ray task a run, and of large splits one task a block of images.
 
-from typing import TYPE_CHECKING
+In: finished runs and a request. Out: their reports, written into their folders by their own tasks. A run's task is its only
+writer; the tasks that encode blocks for it write files of their own, and are tried again elsewhere when their node dies. While
+a run's task waits for them it holds no processor, so it never keeps them out.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from crate_ray.launch.cluster import connect
+from crate_ray.launch.cluster import capacity, connect
+from crate_ray.launch.indexing import map_on_cluster
 from crate_ray.runs import RunFolder
-from crate_ray.training.probe import Split
+from crate_ray.training.probes import ProbeRequest, Split, find_subject, num_images
 
 if TYPE_CHECKING:
     from crate_ray.evaluation.intervals import Interval
+
+BLOCKS_FROM = 100_000
+"""Images, of the encoder and its control together, from which every worker encodes a part."""
+_FIX = "give the same command again (blocks that were encoded are kept) on nodes with more memory, or without --workers"
 
 
 def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "Interval":
@@ -24,22 +36,60 @@ def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "Interval":
     """
     connect()
     pixels = _judge_pixels.remote(folders[0].uri, split)
-    gpus = [1 if folder.read_config().scale.use_gpu else 0 for folder in folders]
-    verdicts = [_judge.options(num_gpus=gpu).remote(folder.uri, split) for folder, gpu in zip(folders, gpus, strict=True)]
-    ray.get(verdicts)
+    probe_runs(folders, ProbeRequest(split))
     interval: Interval = ray.get(pixels)
     return interval
 
 
-@ray.remote(num_cpus=1, max_retries=1)
-def _judge(uri: str, split: Split) -> None:
-    from crate_ray.training.probe import probe_run
+def probe_runs(folders: Sequence[RunFolder], request: ProbeRequest, *, workers: int | None = None) -> list[dict[str, Any]]:
+    """Judges runs side by side.
 
-    probe_run(RunFolder(uri), split=split)
+    Args:
+        folders: Of the runs.
+        request: What is asked of each.
+        workers: Tasks that encode for one run at a time; None for as many as there is room for, of splits of BLOCKS_FROM images
+            or more, and else for none.
+
+    Returns:
+        The reports, in the order of the runs.
+
+    Raises:
+        ConfigError: A run is refused, or a task's process died on every attempt.
+    """
+    subjects = [find_subject(folder, request) for folder in folders]
+    connect()
+    there = capacity().total("GPU") > 0
+    tasks = []
+    for subject in subjects:
+        gpus = 1 if subject.config.scale.use_gpu and there else 0
+        is_split = workers is not None or num_images(subject) >= BLOCKS_FROM
+        options = {"num_gpus": 0 if is_split else gpus}
+        tasks.append(_judge.options(**options).remote(subject.folder.uri, request, is_split, workers, gpus))
+    try:
+        return [_result(task) for task in tasks]
+    finally:
+        for task in tasks:
+            ray.cancel(task)
+
+
+def _result(task: Any) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return report
+
+
+@ray.remote(num_cpus=1, max_retries=1)
+def _judge(uri: str, request: ProbeRequest, is_split: bool, workers: int | None, gpus: int) -> dict[str, Any]:
+    from crate_ray.training.probes import probe_run
+
+    task_map = partial(map_on_cluster, gpus=gpus, at_most=workers, fix=_FIX) if is_split else None
+    return probe_run(RunFolder(uri), request, task_map=task_map)
 
 
 @ray.remote(num_cpus=1, max_retries=1)
 def _judge_pixels(uri: str, split: Split) -> "Interval":
-    from crate_ray.training.probe import probe_raw_pixels
+    from crate_ray.training.probes import probe_raw_pixels
 
     return probe_raw_pixels(RunFolder(uri).read_config(), split=split)

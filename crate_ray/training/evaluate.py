@@ -1,8 +1,10 @@
 """What the loop measures on validation shards: the loss (under fixed masks), a classifier's top-1, and kNN; at the end
 of pretraining the loss at other mask ratios too, where losses of models that were trained at several can be compared.
 
-Every rank takes a slice of the images; sums and features are gathered, so the numbers do not depend
-on the number of workers. Masks are drawn from (seed 0, sample), the same for every run and every step.
+Every rank takes a part of the images; sums and features are gathered, so the numbers do not depend on the number of workers.
+For kNN a rank takes whole batches, and features are put back into the order of the index: any number of workers computes the
+same batches, and hands the same rows in the same order to the vote, where the order decides between equal neighbours.
+Masks are drawn from (seed 0, sample), the same for every run and every step.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from crate_ray.config import RunConfig
 from crate_ray.data import Batch, ShardIndex, Source, load_index, load_source, read_all, with_classes
-from crate_ray.evaluation.features import Features, extract_features
+from crate_ray.evaluation.features import Features, extract_features, joined
 from crate_ray.evaluation.probes import knn_top1
 from crate_ray.models import Classifier, MaskedAutoencoder, with_shared_weights
 from crate_ray.training.objective import Objective, create_objective, noise_size
@@ -101,15 +103,17 @@ class Evaluator:
         return None if source is None or index is None or index.labels.min() < 0 else (source, index)
 
     def _features(self, model: Model, source: Source, ids: Ids) -> Features:
-        if len(ids) <= self._rank:  # fewer images than workers: this one has none
+        rows = [batch_rows(len(ids), rank, self._world_size) for rank in range(self._world_size)]
+        own = ids[rows[self._rank]]
+        if len(own):
+            mine = encode_images(model, self._config, source, precision=self._precision, sample_ids=own)
+        else:  # fewer batches than workers
             mine = _no_features(self._config.model.width)
-        else:
-            mine = encode_images(model, self._config, source, precision=self._precision, sample_ids=self._mine(ids))
         if self._world_size == 1:
             return mine
         parts: list[Features] = [mine] * self._world_size
         dist.all_gather_object(parts, mine)
-        return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("mean_ND", "cls_ND", "labels_N")))
+        return joined(parts).rows(np.argsort(np.concatenate(rows)))
 
     def _mine(self, ids: Ids) -> Ids:
         return ids[self._rank :: self._world_size]
@@ -164,6 +168,12 @@ def encode_images(
     batches = read_images(config, source, sample_ids=sample_ids)
     with autocast(precision, device):
         return extract_features(model, batches, mean=config.data.mean, std=config.data.std, device=device)
+
+
+def batch_rows(num_rows: int, rank: int, world_size: int) -> Ids:
+    """The rows that a rank encodes: whole batches in turn, so that a row is computed beside the same others by any rank."""
+    rows = np.arange(num_rows)
+    return np.asarray(rows[rows // EVAL_BATCH % world_size == rank])
 
 
 def _no_features(width: int) -> Features:

@@ -44,7 +44,7 @@ from crate_ray.training.ema import weights_file
 from crate_ray.training.emergence import Emergence, emergence_panels, record_emergence
 from crate_ray.training.evaluate import read_images, spread_ids
 from crate_ray.training.objective import Normalise
-from crate_ray.training.probe import finished_checkpoint, untrained
+from crate_ray.training.probes import finished_checkpoint, untrained
 
 NUM_IMAGES = 256
 NUM_PICTURED = 5

@@ -22,7 +22,7 @@ from crate_ray.training.checkpoint import Checkpoint, latest_checkpoint
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.loop import LocalContext, run_training
 from crate_ray.training.precision import choose_device, resolve_precision
-from crate_ray.training.probe import judge_classifier, judge_encoder
+from crate_ray.training.probes import judge_classifier, judge_encoder
 from crate_ray.training.whitebox import WhiteboxMonitor
 
 WARMUP_STEPS = 3

@@ -25,7 +25,7 @@ from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.loop import LocalContext, LoopResult, run_training
 from crate_ray.training.objective import Classification
 from crate_ray.training.prepare import locate_run, prepare_run
-from crate_ray.training.probe import probe_run
+from crate_ray.training.probes import ProbeRequest, probe_run
 
 LoadTiny = Callable[..., RunConfig]
 MIXED = ("data.mixup_alpha=0.8", "data.cutmix_alpha=1", "train.label_smoothing=0.1", "optimizer.layer_decay=0.65")
@@ -165,15 +165,15 @@ def test_images_without_a_label_are_refused(load_tiny: LoadTiny, tmp_path: Path)
 
 def test_a_classifier_is_judged_by_its_top1_over_source_images(load_tiny: LoadTiny) -> None:
     folder = train(load_tiny(*CLASSIFIERS["published"], "train.steps=30", "optimizer.lr=1e-2"))
-    chosen = probe_run(folder, split="validation")
+    chosen = probe_run(folder, ProbeRequest("validation"))
     final = folder.read_json("final.json")
     assert final is not None
     assert final["values"]["final/top1"] == pytest.approx(final["values"]["final/eval_top1"])
     assert chosen["top1"][1] <= chosen["top1"][0] <= chosen["top1"][2]
     assert (chosen["task"], chosen["split"]) == ("classify", "validation")
 
-    tested = probe_run(folder, split="test")
-    probe_run(folder, split="validation")
+    tested = probe_run(folder, ProbeRequest("test"))
+    probe_run(folder, ProbeRequest("validation"))
     final = folder.read_json("final.json")
     assert final is not None
     assert final["values"]["final/top1"] == pytest.approx(tested["top1"][0], rel=1e-3)

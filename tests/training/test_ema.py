@@ -16,7 +16,7 @@ from crate_ray.training.ema import EMA_FILE, Ema, weights_file
 from crate_ray.training.evaluate import Evaluator
 from crate_ray.training.export import export_run
 from crate_ray.training.loop import LocalContext, LoopResult, run_training
-from crate_ray.training.probe import judge_classifier
+from crate_ray.training.probes import judge_classifier
 
 LoadTiny = Callable[..., RunConfig]
 AVERAGED = ("train.ema=0.8", "eval.use_ema=true", "eval.every_steps=4")

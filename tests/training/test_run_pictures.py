@@ -21,7 +21,7 @@ from crate_ray.runs import read_records
 from crate_ray.training.checkpoint import MODEL_FILE, latest_checkpoint
 from crate_ray.training.pictures import Pictures, draw_pictures
 from crate_ray.training.prepare import prepare_run
-from crate_ray.training.probe import without_labels
+from crate_ray.training.probes import without_labels
 
 LoadTiny = Callable[..., RunConfig]
 

@@ -21,7 +21,7 @@ from crate_ray.launch.sweeps.trial_attempt import IDLE_S, Attempt, Ended, Placed
 from crate_ray.runs import LEASE_SECONDS, Lease, LeaseLostError, RunFolder, is_finished, read_records
 from crate_ray.runs.trials import TrialRow, TrialState, loss_target, objective_values, read_trial, write_trial
 from crate_ray.training.prepare import prepare_run
-from crate_ray.training.probe import probe_run
+from crate_ray.training.probes import probe_run
 
 _WAIT_S = LEASE_SECONDS + 2 * IDLE_S
 _POLL_S = 0.2
