@@ -31,6 +31,7 @@ class Tracking:
 
         self.uri = config.tracking.uri or tracking.default_uri(config.storage.path)
         self.experiment = config.tracking.experiment
+        self._storage_path = config.storage.path
         self._mirror: Mirror | None = None
 
     def __enter__(self) -> Self:
@@ -52,8 +53,9 @@ class Tracking:
         from crate_ray import tracking
 
         if self._mirror is None:
-            tracking.initialise(self.uri, self.experiment)
-            self._mirror = tracking.Mirror(self.uri, self.experiment)
+            artifact_root = tracking.default_artifact_root(self._storage_path)
+            tracking.initialise(self.uri, self.experiment, artifact_root=artifact_root)
+            self._mirror = tracking.Mirror(self.uri, self.experiment, artifact_root=artifact_root)
         self._mirror.follow(folder, parent_uid=parent_uid)
 
     def release(self, folder: RunFolder) -> None:

@@ -136,7 +136,7 @@ def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: 
             group.append(sweep)
     rows = []
     for (store, name), members in groups.items():
-        results = tracking.sync(members, store, name)
+        results = tracking.sync(members, store, name, artifact_root=tracking.default_artifact_root(root))
         rows += [{**asdict(result), "experiment": name, "uri": public_uri(store)} for result in results]
     return rows
 

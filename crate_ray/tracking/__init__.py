@@ -1,6 +1,6 @@
 """MLflow, a mirror of the run folders. The only room that imports mlflow, and only inside functions."""
 
-from crate_ray.tracking.client import default_uri, web_url
+from crate_ray.tracking.client import default_artifact_root, default_uri, web_url
 from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.mirror import Mirror, MirrorSummary
 from crate_ray.tracking.server import Server, serve
@@ -14,6 +14,7 @@ __all__ = [
     "MirrorSummary",
     "Server",
     "SyncResult",
+    "default_artifact_root",
     "default_uri",
     "initialise",
     "log_comparison",

@@ -54,9 +54,14 @@ class Backlog:
         return len(self._queue)
 
     @property
+    def has_more(self) -> bool:
+        """Whether the folder may hold records that were not read yet."""
+        return self._tail.has_more
+
+    @property
     def is_behind(self) -> bool:
         """Whether something waits, in memory or, as far as was seen, in the folder."""
-        return bool(self._queue) or self._tail.has_more
+        return bool(self._queue) or self.has_more
 
     def poll(self) -> list[Record]:
         """Reads about a megabyte on, and further through what an earlier process has sent; gives what was read."""

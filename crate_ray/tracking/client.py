@@ -29,8 +29,16 @@ def default_uri(storage_path: str) -> str:
 
     A database file cannot live in an object store: for one, it is placed in the current folder.
     """
-    folder = storage.local_path(storage_path) if storage.is_local(storage_path) else Path()
-    return f"{_SQLITE}{(folder / 'mlflow.db').resolve()}"
+    return f"{_SQLITE}{_local_folder(storage_path) / 'mlflow.db'}"
+
+
+def default_artifact_root(storage_path: str) -> str:
+    """Where files go that are mirrored to a database without a server: beside the run folders, as its database would be."""
+    return (_local_folder(storage_path) / "mlartifacts").as_uri()
+
+
+def _local_folder(storage_path: str) -> Path:
+    return (storage.local_path(storage_path) if storage.is_local(storage_path) else Path()).resolve()
 
 
 def absolute_uri(uri: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def initialise(uri: str, experiment: str, *, timeout_s: float = 5) -> str | None:
+def initialise(uri: str, experiment: str, *, timeout_s: float = 5, artifact_root: str | None = None) -> str | None:
     """Creates database, experiment and saved views; called once, before any worker starts.
 
     Several processes that open a fresh sqlite database at once break its migration, so that one
@@ -46,7 +46,7 @@ def initialise(uri: str, experiment: str, *, timeout_s: float = 5) -> str | None
 
     try:
         with _alone(database):
-            return prepare(open_client(uri, timeout_s=timeout_s), uri, experiment)
+            return prepare(open_client(uri, timeout_s=timeout_s), uri, experiment, artifact_root)
     except (MlflowException, SQLAlchemyError) as error:
         if database is not None:
             raise ConfigError(f"tracking.uri = '{public_uri(uri)}': {one_line(error)}") from None
@@ -58,14 +58,14 @@ def initialise(uri: str, experiment: str, *, timeout_s: float = 5) -> str | None
         return None
 
 
-def prepare(client: "MlflowClient", uri: str, name: str) -> str:
+def prepare(client: "MlflowClient", uri: str, name: str, artifact_root: str | None = None) -> str:
     """The experiment's id, with the saved views in place; raises as `open_experiment` does."""
-    experiment_id = open_experiment(client, uri, name)
+    experiment_id = open_experiment(client, uri, name, artifact_root)
     write_views(client, experiment_id)
     return experiment_id
 
 
-def open_experiment(client: "MlflowClient", uri: str, name: str) -> str:
+def open_experiment(client: "MlflowClient", uri: str, name: str, artifact_root: str | None = None) -> str:
     """Finds or creates an experiment and gives its id.
 
     Raises:
@@ -78,7 +78,9 @@ def open_experiment(client: "MlflowClient", uri: str, name: str) -> str:
     if found is None:
         try:
             return client.create_experiment(
-                name, _artifact_location(uri, name), tags={"mlflow.experimentKind": "custom_model_development"}
+                name,
+                _artifact_location(uri, name, artifact_root),
+                tags={"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -117,10 +119,11 @@ def _unwritable(uri: str, path: Path, reason: str) -> str:
     return f"tracking.uri = '{uri}': cannot write {path} ({reason}); choose another place: --set tracking.uri=sqlite:///PATH/mlflow.db"
 
 
-def _artifact_location(uri: str, experiment: str) -> str | None:
-    """Beside a sqlite database; a server decides for itself."""
+def _artifact_location(uri: str, experiment: str, artifact_root: str | None) -> str | None:
+    """Beside a sqlite database, else below `artifact_root`; a server decides for itself."""
     database = database_path(uri)
-    if database is None:
+    if database is not None:
+        artifact_root = (database.parent / "mlartifacts").as_uri()
+    if artifact_root is None or uri.startswith(("http://", "https://")):
         return None
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
-    return (database.parent / "mlartifacts" / slug).as_uri()
+    return f"{artifact_root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', experiment)}"

@@ -2,9 +2,10 @@
 
 In: run folders while they are written. Out: MLflow runs, as close behind as the server allows.
 The run folder is the queue: nothing is lost when the server is down, slow or silent, or when this
-process dies, and nothing is held in memory beyond `max_pending` records. The caller never waits:
-`follow` hands over a name, `close` is bounded. The trade-off: one thread for all runs, so that a slow
-server delays the mirror of every run, and the training of none.
+process dies, and nothing is held in memory beyond `max_points`. The caller never waits: `follow`
+hands over a name, `close` is bounded. The trade-off: one thread for all runs, so that a slow server
+delays the mirror of every run, and the training of none. Runs take turns of `_TURN_SECONDS`, and one
+that the server fails over comes last the next time: none keeps the others from being sent.
 """
 
 import logging
@@ -12,6 +13,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PASS_SECONDS = 1.0
 _REMOTE_PASS_SECONDS = 10.0  # every look at an object store is a paid request
+_TURN_SECONDS = 2.0
 _MAX_BACKOFF_SECONDS = 60.0
 # The server's word about one run; anything else is taken for a server in trouble.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
@@ -47,14 +50,18 @@ class Mirror:
         uri: The tracking store; None of its faults reaches the caller.
         experiment: Name of the experiment.
         timeout_s: How long one request may take.
-        max_pending: Records held in memory over all runs before the folders are left to wait.
+        max_points: Values held in memory over all runs before the folders are left to wait.
+        artifact_root: Where a new experiment keeps files, for a database that is no sqlite; a server decides for itself.
     """
 
-    def __init__(self, uri: str, experiment: str, *, timeout_s: float = 5, max_pending: int = 50_000) -> None:
+    def __init__(
+        self, uri: str, experiment: str, *, timeout_s: float = 5, max_points: int = 200_000, artifact_root: str | None = None
+    ) -> None:
         self._uri = uri
         self._experiment = experiment
         self._timeout_s = timeout_s
-        self._max_pending = max_pending
+        self._max_points = max_points
+        self._artifact_root = artifact_root
         self._inbox: queue.SimpleQueue[RunReplay | str] = queue.SimpleQueue()  # a run to follow, or the URI of one to release
         self._replays: dict[str, RunReplay] = {}
         self._released: dict[str, bool] = {}  # whether the folder was read since
@@ -118,16 +125,28 @@ class Mirror:
         return {"experiment": view_url(base, session.experiment_id, EFFICIENCY), "runs": runs}
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait(_PASS_SECONDS if all(r.folder.is_local for r in self._replays.values()) else _REMOTE_PASS_SECONDS)
+        while self._deadline is None:
+            self._wake.wait(0 if self._is_catching_up() else self._pass_seconds())
             self._wake.clear()
-            is_last = self._deadline is not None
             self._admit()
-            self._poll(is_last=is_last)
-            if is_last or time.monotonic() >= self._retry_at:
+            self._poll()
+            if time.monotonic() >= self._retry_at:
                 self._push()
-            if is_last:
-                return
+        self._admit()
+        is_first = True
+        while is_first or self._is_catching_up():
+            self._poll()
+            self._push()
+            is_first = False
+
+    def _pass_seconds(self) -> float:
+        return _PASS_SECONDS if all(replay.folder.is_local for replay in self._replays.values()) else _REMOTE_PASS_SECONDS
+
+    def _is_catching_up(self) -> bool:
+        """Whether a run waits to be sent that a working server has not refused."""
+        if self._server_error is not None or self._is_expired():
+            return False
+        return any(replay.is_behind and not self._is_held(uri) for uri, replay in self._replays.items())
 
     def _admit(self) -> None:
         while True:
@@ -142,23 +161,23 @@ class Mirror:
                 self._released[item] = False
                 self._replays[item].look_again()
 
-    def _poll(self, *, is_last: bool) -> None:
-        """Reads the folders, unless more waits in memory than may. The last pass reads finished runs again."""
-        pending = sum(replay.pending for replay in self._replays.values())
+    def _poll(self) -> None:
+        """Reads the folders a piece on, unless more waits in memory than may. The last pass reads finished runs again."""
+        points = sum(replay.pending_points for replay in self._replays.values())
         for uri, replay in list(self._replays.items()):
-            if self._is_expired() or self._may_rest(uri, replay) or (pending >= self._max_pending and not is_last):
+            if self._is_expired() or points >= self._max_points:
+                return
+            if self._may_rest(uri, replay) or self._released.get(uri) or (replay.pending and replay.has_more):
                 continue
-            if self._released.get(uri):
-                continue
-            before = replay.pending
+            before = replay.pending_points
             try:
                 replay.poll()
             except Exception as error:  # noqa: BLE001 - a folder that cannot be read must not end the mirror
                 self._start_over(uri, error)
             else:
-                pending += replay.pending - before
+                points += replay.pending_points - before
                 if uri in self._released:
-                    self._released[uri] = replay.has_ended
+                    self._released[uri] = replay.has_ended and not replay.has_more
 
     def _push(self) -> None:
         """Sends what was read; a server in trouble ends the pass, a refused run only its own turn."""
@@ -167,11 +186,13 @@ class Mirror:
                 return
             if self._may_rest(uri, replay):
                 continue
+            turn_end = time.monotonic() + _TURN_SECONDS
             try:
-                replay.push(self._connect(), expired=self._is_expired)
+                replay.push(self._connect(), expired=partial(self._is_over, turn_end))
             except Exception as error:  # noqa: BLE001 - the boundary: nothing of MLflow's reaches training
                 if self._is_server_trouble(error):
                     self._back_off(error)
+                    self._replays[uri] = self._replays.pop(uri)  # the next pass begins with another run
                     return
                 self._start_over(uri, error)
             else:
@@ -194,13 +215,17 @@ class Mirror:
     def _may_rest(self, uri: str, replay: RunReplay) -> bool:
         """Nothing to do for this run now: it is all there, or was refused lately. The last pass tries everything."""
         is_done = replay.is_complete and uri not in self._released
-        return self._deadline is None and (is_done or time.monotonic() < self._held_until.get(uri, 0))
+        return self._deadline is None and (is_done or self._is_held(uri))
+
+    def _is_held(self, uri: str) -> bool:
+        """Whether MLflow refused the run lately."""
+        return time.monotonic() < self._held_until.get(uri, 0)
 
     def _connect(self) -> Session:
         if self._session is None:
             uri = absolute_uri(self._uri)
             client = open_client(uri, timeout_s=self._timeout_s)
-            self._session = Session(client, uri, prepare(client, uri, self._experiment))
+            self._session = Session(client, uri, prepare(client, uri, self._experiment, self._artifact_root))
         return self._session
 
     def _is_server_trouble(self, error: Exception) -> bool:
@@ -241,6 +266,9 @@ class Mirror:
             public_uri(self._uri),
             reason,
         )
+
+    def _is_over(self, turn_end: float) -> bool:
+        return self._is_expired() or time.monotonic() >= turn_end
 
     def _is_expired(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

@@ -96,6 +96,11 @@ class RunReplay:
         return self._backlog.points
 
     @property
+    def has_more(self) -> bool:
+        """Whether the folder may hold records that were not read yet."""
+        return self._backlog.has_more
+
+    @property
     def is_behind(self) -> bool:
         """Whether records wait, in memory or in the folder, as far as it was read."""
         return self._backlog.is_behind

@@ -30,7 +30,9 @@ class SyncResult:
     error: str | None
 
 
-def sync(folders: Iterable[RunFolder], uri: str, experiment: str, *, timeout_s: float = 30) -> list[SyncResult]:
+def sync(
+    folders: Iterable[RunFolder], uri: str, experiment: str, *, timeout_s: float = 30, artifact_root: str | None = None
+) -> list[SyncResult]:
     """Replays run folders to MLflow; what is there already stays as it is.
 
     Args:
@@ -38,6 +40,7 @@ def sync(folders: Iterable[RunFolder], uri: str, experiment: str, *, timeout_s: 
         uri: The tracking store.
         experiment: Name of the experiment.
         timeout_s: How long one request may take.
+        artifact_root: Where a new experiment keeps files, for a database that is no sqlite; a server decides for itself.
 
     Returns:
         One result a folder, parents first.
@@ -46,7 +49,7 @@ def sync(folders: Iterable[RunFolder], uri: str, experiment: str, *, timeout_s: 
         ConfigError: The store or the experiment cannot be used at all.
     """
     ordered = sorted(folders, key=_created)
-    experiment_id = initialise(uri, experiment, timeout_s=timeout_s)
+    experiment_id = initialise(uri, experiment, timeout_s=timeout_s, artifact_root=artifact_root)
     if experiment_id is None:
         reason = f"MLflow at {public_uri(uri)} does not answer"
         return [SyncResult(folder.name, None, 0, reason) for folder in ordered]
@@ -113,8 +116,11 @@ def _comparison_run(session: Session, name: str, tags: dict[str, str]) -> str:
 def _replay(folder: RunFolder, session: Session) -> SyncResult:
     replay = RunReplay(folder)
     try:
-        replay.poll()
-        replay.push(session)
+        is_first = True
+        while is_first or replay.is_behind:
+            replay.poll()
+            replay.push(session)
+            is_first = False
     except Exception as error:  # noqa: BLE001 - one run that cannot be sent must not keep the others from it
         return SyncResult(folder.name, replay.run_id, replay.sent, one_line(error))
     error_text = None if replay.run_id else f"no run_meta.json with a config.yaml in {folder.uri}: not a run folder"
