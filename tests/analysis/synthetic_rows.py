@@ -1,7 +1,7 @@
 """Rows of runs that never were, whose truth is known: families with a scaling law each, and noise of seeds.
 
-In: laws, sizes, seeds and how noisy they are. Out: RunRows as a finished sweep gives them. What is to be found (a ratio, nothing,
-a difference that must be refused) is in the arguments, so a test knows the answer without the code it tests.
+In: laws, sizes, seeds and how noisy they are. Out: RunRows as a finished sweep gives them. What is to be found (a ratio,
+nothing, a difference that must be refused) is in the arguments, so a test knows the answer without the code it tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -184,7 +184,9 @@ def synthetic_layers(row: RunRow) -> LayerMeasures:
     return LayerMeasures(trained=measures, initial=initial)
 
 
-def synthetic_comparison(*, ratio: float = 0.42, baselines: Sequence[str] = ("mae", "mae_all_tokens"), **changes: Any) -> Comparison:
+def synthetic_comparison(
+    *, ratio: float = 0.42, baselines: Sequence[str] = ("mae", "mae_all_tokens"), **changes: Any
+) -> Comparison:
     """A whole comparison: CRATE-MAE needs `ratio` of the encoder parameters of either MAE; sensitivities, layers, exclusions.
 
     Args:
@@ -200,7 +202,8 @@ def synthetic_comparison(*, ratio: float = 0.42, baselines: Sequence[str] = ("ma
         for step in (0.05, 0.1, 0.2)
     ]
     rows += synthetic_screening("crate_mae", law.needing(ratio), settings=grid, widths=(64, 128))
-    rows += synthetic_screening("mae", law, settings=[{**item, "ista_step_size": None} for item in grid[1::3]], widths=(64, 128))
+    without_ista = [{**item, "ista_step_size": None} for item in grid[1::3]]
+    rows += synthetic_screening("mae", law, settings=without_ista, widths=(64, 128))
     killed = {"is_complete": False, "state": "KILLED", "incomplete": "killed", "values": {}, "sweep": "sweep"}
     rows.append(synthetic_row("mae", 48 * 64**2, width=64, seed=2000, **killed))
     return compare(rows, name="synthetic", layers=synthetic_layers, commands=("crate-ray compare out/synthetic",))

@@ -83,11 +83,12 @@ class Difference:
         dropped: Why a seed of either is not among them.
         interval: Of the difference, over seeds (95%, n - 1 degrees of freedom); None with fewer than two pairs.
         p_value: Of a two-sided paired t test; None as above.
-        p_holm: Holm-corrected over all differences of the comparison.
+        p_holm: Holm-corrected over all pairs of the comparison; a pair that stands on two axes is one hypothesis.
         test_noise: 95% interval of the difference of the seeds' means over source images, the models held fixed; None where
             the answers of the runs are not at hand.
         why_no_verdict: Why no verdict is given: too few seeds, unequal tuning, ...; None where one is.
         verdict: One sentence.
+        flags: What a reader must know with it: tuning budget not recorded, unequal code, ...
     """
 
     axis: Axis | Literal["best"]
@@ -101,6 +102,7 @@ class Difference:
     test_noise: Estimate | None
     why_no_verdict: str | None
     verdict: str
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Curve:
         low: Lower end of the 95% band; empty without one.
         high: Upper end.
         parameters: Of the power law with their intervals; empty otherwise.
+        model: Whose; the two baselines of MAE are two curves.
     """
 
     family: str
@@ -128,6 +131,7 @@ class Curve:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     parameters: Mapping[str, Estimate] = field(default_factory=dict)
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ class Sensitivity:
         metric: At each value, best over the rest of the space; its interval is NaN with one seed.
         counts: Runs at each value.
         is_confirmed: Whether all of them are of fresh seeds; otherwise it is exploratory and called so.
+        model: Whose; the two baselines of MAE stand apart.
+        measure: What `metric` is of, where that is not the comparison's metric: a screening is judged by less.
     """
 
     key: str
@@ -170,6 +176,8 @@ class Sensitivity:
     metric: tuple[Estimate, ...]
     counts: tuple[int, ...]
     is_confirmed: bool
+    model: str = ""
+    measure: str | None = None
 
 
 @dataclass(frozen=True)

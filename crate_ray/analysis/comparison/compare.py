@@ -1,0 +1,239 @@
+"""The comparison of CRATE-MAE with MAE: rows in, everything that a report says out.
+
+In: rows of runs, from folders or from MLflow. Out: a Comparison. Nothing is read here but the rows and, through a function
+of the caller, the records of a few chosen runs; so the same rows, in any order, give the same comparison wherever they come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+
+from crate_ray.analysis.comparison.configurations import Sorted, model_names, sort_rows
+from crate_ray.analysis.comparison.frontier import SizePoint, fit_curve, ratio_at_equal
+from crate_ray.analysis.comparison.gates import (
+    IMAGES_WITHIN,
+    findings_of,
+    hardware_of,
+    images_of,
+    is_loss,
+    is_within,
+    largest_comparable,
+)
+from crate_ray.analysis.comparison.hypotheses import LEAST_PAIRS, Answers, choice_of, declare, judge
+from crate_ray.analysis.comparison.layers import ReadLayers, layer_curves
+from crate_ray.analysis.comparison.result import AXES, Axis, Comparison, Configuration, Curve, Ratio
+from crate_ray.analysis.comparison.sensitivity import correlations, sensitivities
+from crate_ray.analysis.comparison.verdicts import headline, verdicts
+from crate_ray.analysis.comparison.wording import measure_of
+from crate_ray.analysis.objectives import Measure, count_text
+from crate_ray.config import ConfigError
+from crate_ray.runs.rows import RunRow
+
+_RAW_PIXELS = "raw_pixels_top1"
+_FEW = 4  # configurations whose layers are all shown
+
+
+def compare(
+    rows: Sequence[RunRow],
+    *,
+    name: str,
+    metric: str = "probe_top1",
+    axes: Sequence[Axis] = AXES,
+    answers: Answers | None = None,
+    layers: ReadLayers | None = None,
+    unread: Mapping[str, str] | None = None,
+    commands: Sequence[str] = (),
+) -> Comparison:
+    """Compares runs of the two families.
+
+    Args:
+        rows: All that there are; those that cannot be compared are named with the reason.
+        name: Of what is compared.
+        metric: A name in RunRow.values.
+        axes: The first one makes the headline.
+        answers: By run_uid: what the run's probe answered on each source image, for the noise of the test set.
+        layers: Reads the layers of a run; asked for those of the choices alone.
+        unread: Why something has no row, by its name; it is named with the rest.
+        commands: That produced the comparison.
+
+    Raises:
+        ConfigError: No rows, no finished run, one family alone, or a metric that no run measured, or only as NaN.
+    """
+    _check(rows, name, metric)
+    sorted_rows = sort_rows(_with_budgets(rows), metric)
+    configurations = sorted_rows.configurations
+    _check_compared(configurations, sorted_rows, name, metric)
+    comparable = largest_comparable(configurations, metric)
+    larger = not is_loss(metric)
+    measure = measure_of(metric, sorted_rows.judged_split)
+    hypotheses = declare(configurations, metric, axes)
+    differences = judge(hypotheses, metric, measure, answers or {}, larger=larger)
+    ratios = _ratios(comparable, metric, axes, measure, larger=larger)
+    sentences = verdicts(axes, configurations, differences, larger=larger)
+    return Comparison(
+        name=name,
+        metric=metric,
+        is_larger_better=larger,
+        judged_split=sorted_rows.judged_split,
+        rows=tuple(sorted(rows, key=lambda row: (row.name, row.run_uid))),
+        excluded={**(unread or {}), **sorted_rows.excluded},
+        findings=findings_of(configurations, metric, axes),
+        configurations=configurations,
+        differences=differences,
+        curves=_curves(comparable, metric, axes, larger=larger),
+        ratios=ratios,
+        sensitivities=sensitivities(comparable, sorted_rows.screening, metric),
+        layers=layer_curves(_shown(configurations), layers) if layers is not None else (),
+        correlations=correlations(rows),
+        raw_pixels=_raw_pixels(comparable),
+        verdicts=sentences,
+        headline=headline(axes[0], sentences[axes[0]], ratios, differences, configurations, measure),
+        commands=tuple(commands),
+    )
+
+
+def _check(rows: Sequence[RunRow], name: str, metric: str) -> None:
+    """Refuses what holds nothing to compare, before anything is made of it."""
+    if not rows:
+        raise ConfigError(f"'{name}' holds no runs; name run folders, the folder above them, a sweep or an experiment")
+    complete = [row for row in rows if row.is_complete and row.kind != "control"]
+    if not complete:
+        reasons = sorted({row.incomplete or row.state.lower() for row in rows})
+        raise ConfigError(
+            f"'{name}' holds {count_text(len(rows), 'run')} and none that has come to its end ({'; '.join(reasons[:3])}); "
+            "only ends of completed schedules are compared: start them again and they go on"
+        )
+    known = sorted({key for row in complete for key in row.values})
+    if metric not in known:
+        fix = " `crate-ray probe RUN...` measures the probes." if metric.endswith("top1") else ""
+        raise ConfigError(
+            f"no finished run of '{name}' has {metric}; measured were: {', '.join(known) or 'no final values'}.{fix}"
+        )
+
+
+def _check_compared(configurations: Sequence[Configuration], found: Sorted, name: str, metric: str) -> None:
+    if not configurations:
+        reasons = sorted(set(found.excluded.values()))
+        raise ConfigError(f"no run of '{name}' can be compared by {metric}: {'; '.join(reasons[:4])}")
+    families = {item.family for item in configurations}
+    if len(families) == 1:
+        only = "CRATE" if families == {"crate"} else "ViT"
+        others = sorted({reason for reason in found.excluded.values() if "screening" not in reason})
+        why = f" (excluded: {'; '.join(others[:3])})" if others else ""
+        raise ConfigError(
+            f"'{name}' has runs of one family alone with {metric}, {only}: a comparison needs both; name the runs of the other "
+            f"family too{why}"
+        )
+
+
+def _with_budgets(rows: Sequence[RunRow]) -> list[RunRow]:
+    """Counts the screening trials of an arm where its confirmed rows do not say: rows that were read one by one."""
+    tried: dict[tuple[str | None, str | None], int] = {}
+    for row in rows:
+        if row.stage == "screen":
+            tried[row.sweep, row.arm] = tried.get((row.sweep, row.arm), 0) + 1
+    return [
+        replace(row, tuning_trials=tried.get((row.sweep, row.arm)))
+        if row.tuning_trials is None and row.stage == "confirm"
+        else row
+        for row in rows
+    ]
+
+
+def _curves(items: Sequence[Configuration], metric: str, axes: Sequence[Axis], *, larger: bool) -> tuple[Curve, ...]:
+    """One a model: the two baselines of MAE are two fronts."""
+    curves = []
+    for axis in axes:
+        for family, model in sorted({(item.family, item.model) for item in items}):
+            points = _points([item for item in items if item.model == model], metric, axis)
+            curve = fit_curve(points, axis=axis, family=family, is_larger_better=larger)
+            curves += [replace(curve, model=model)] if curve is not None else []
+    return tuple(curves)
+
+
+def _points(items: Sequence[Configuration], metric: str, axis: Axis) -> list[SizePoint]:
+    return [
+        SizePoint(item.label, x, {row.seed: row.values[metric] for row in item.rows})
+        for item in items
+        if (x := item.positions[axis])
+    ]
+
+
+def _ratios(
+    items: Sequence[Configuration], metric: str, axes: Sequence[Axis], measure: Measure, *, larger: bool
+) -> tuple[Ratio, ...]:
+    """CRATE's need over that of each MAE; withheld wherever a verdict would be."""
+    names = model_names(item.model for item in items)
+    crates = sorted({item.model for item in items if item.family == "crate"})
+    baselines = sorted({item.model for item in items if item.family == "vit"})
+    return tuple(
+        _ratio(items, (crate, baseline), names, metric, axis, measure, larger=larger)
+        for axis in axes
+        for crate in crates
+        for baseline in baselines
+    )
+
+
+def _ratio(
+    items: Sequence[Configuration],
+    models: tuple[str, str],
+    names: Mapping[str, str],
+    metric: str,
+    axis: Axis,
+    measure: Measure,
+    *,
+    larger: bool,
+) -> Ratio:
+    placed = [item for item in items if item.is_confirmed and item.positions[axis] and item.model in models]
+    alike = _alike(placed, axis)
+    first, second = ([item for item in alike if item.model == model] for model in models)
+    called = names[models[0]], names[models[1]]
+    why_not = _why_no_ratio(first, second)
+    if why_not is not None:
+        return Ratio(axis, models[1], None, None, why_not, f"No ratio of {called[0]} to {called[1]}: {why_not}.")
+    return ratio_at_equal(
+        _points(first, metric, axis),
+        _points(second, metric, axis),
+        axis=axis,
+        baseline=models[1],
+        names=called,
+        spell=lambda value: f"{measure.with_unit(value)} {measure.label}",
+        is_larger_better=larger,
+    )
+
+
+def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:
+    """Those with as many images seen, on the axis of parameters; on the axis of time those of one kind of hardware."""
+    if axis == "params":
+        groups = [[other for other in items if is_within(images_of(item), images_of(other), IMAGES_WITHIN)] for item in items]
+    elif axis == "time":
+        groups = [[other for other in items if hardware_of(item) == hardware_of(other)] for item in items]
+    else:
+        return list(items)
+    return max(groups, key=lambda group: (len({item.family for item in group}), len(group)), default=[])
+
+
+def _why_no_ratio(first: Sequence[Configuration], second: Sequence[Configuration]) -> str | None:
+    if not first or not second:
+        return "no confirmed runs of both that may be compared there"
+    budgets = {item.tuning_trials for item in (*first, *second)}
+    if len(budgets) > 1:
+        return "unequal tuning budgets"
+    least = min(len(item.rows) for item in (*first, *second))
+    return f"{count_text(least, 'seed')} of a configuration, and it takes {LEAST_PAIRS}" if least < LEAST_PAIRS else None
+
+
+def _shown(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Whose layers are read: the screening's choice of each model; else all of a few, or the largest of each model."""
+    if len(configurations) <= _FEW:
+        return list(configurations)
+    found = []
+    for model in dict.fromkeys(item.model for item in configurations):
+        own = [item for item in configurations if item.model == model]
+        found.append(choice_of(own, model) or max(own, key=lambda item: (item.positions["params"] or 0, item.label)))
+    return found
+
+
+def _raw_pixels(configurations: Sequence[Configuration]) -> float | None:
+    found = [row.values[_RAW_PIXELS] for item in configurations for row in item.rows if _RAW_PIXELS in row.values]
+    return median(found) if found else None

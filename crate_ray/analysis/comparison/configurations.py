@@ -1,0 +1,258 @@
+"""Runs that differ in their seed alone, as one configuration each, with a name of its own.
+
+In: rows, and what is compared. Out: configurations, and why each other run is none of theirs. Of a sweep only its confirmed
+runs count; one that confirmed nothing gives its best trial of each size, which is called exploratory everywhere.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from crate_ray.analysis.comparison.gates import compare_digest, hardware_of, is_loss
+from crate_ray.analysis.comparison.result import Axis, Configuration
+from crate_ray.analysis.comparison.wording import model_name
+from crate_ray.analysis.objectives import value_text
+from crate_ray.analysis.statistics import mean_t_interval
+from crate_ray.runs.rows import RunRow
+
+_CONTROL = "control_top1"
+_LABEL_KEYS = {
+    "mask_ratio": "mask",
+    "ista_step_size": "step",
+    "ista_lambda": "lambda",
+    "lr": "lr",
+    "wd": "wd",
+    "patch": "patch",
+    "heads": "heads",
+    "global_batch": "batch",
+    "precision": "",
+    "dataset": "",
+}
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Rows in their places.
+
+    Attributes:
+        configurations: By family, then by encoder parameters.
+        screening: Complete rows of a sweep's first stage.
+        excluded: Why each other row is not compared, by its name.
+        judged_split: What the metric was judged on, in all configurations; None for a metric without a judge.
+    """
+
+    configurations: tuple[Configuration, ...]
+    screening: tuple[RunRow, ...]
+    excluded: Mapping[str, str]
+    judged_split: str | None
+
+
+def model_names(models: Iterable[str]) -> dict[str, str]:
+    """What the models of a comparison are called; facebook's MAE is MAE where no other is beside it."""
+    present = set(models)
+    names = {model: model_name(model) for model in sorted(present)}
+    return names | ({"mae": "MAE"} if "mae" in present and "mae_all_tokens" not in present else {})
+
+
+def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
+    """Puts every row into its configuration, or says why it is in none.
+
+    Args:
+        rows: Of any kind and state; the same run twice counts once.
+        metric: Name in RunRow.values.
+    """
+    unique = list({row.run_uid: row for row in sorted(rows, key=_order)}.values())
+    names = _unique_names(unique)
+    reasons = {row.run_uid: reason for row in unique if (reason := _why_not(row, metric)) is not None}
+    usable = [row for row in unique if row.run_uid not in reasons]
+    confirmed_sweeps = {row.sweep for row in unique if row.stage == "confirm"}
+    screening = [row for row in unique if row.stage == "screen" and row.is_complete]
+    for row in usable:
+        if row.stage == "screen" and row.sweep in confirmed_sweeps:
+            reasons[row.run_uid] = "a screening trial: it chose what was confirmed, and tells of sensitivities alone"
+    candidates = [row for row in usable if row.run_uid not in reasons]
+    reasons |= _unlucky(candidates, metric)
+    candidates = [row for row in candidates if row.run_uid not in reasons]
+    split, protocol = _judge_of(candidates)
+    reasons |= _judged_otherwise(candidates, split, protocol)
+    reasons |= _twice([row for row in candidates if row.run_uid not in reasons], names)
+    kept = [row for row in candidates if row.run_uid not in reasons]
+    configurations = _configurations(kept, unique, reasons, metric)
+    return Sorted(configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, split)
+
+
+def _order(row: RunRow) -> tuple[str, str, int, str]:
+    return row.family, row.configuration, row.seed, row.run_uid
+
+
+def _unique_names(rows: Sequence[RunRow]) -> dict[str, str]:
+    """The name of each run, or where it lies, where two are called alike."""
+    counts = Counter(row.name for row in rows)
+    return {row.run_uid: row.name if counts[row.name] == 1 else f"{row.uri} ({row.run_uid[:8]})" for row in rows}
+
+
+def _why_not(row: RunRow, metric: str) -> str | None:
+    if row.kind == "control":
+        return "a control, not a trained model"
+    if not row.is_complete:
+        return row.incomplete or row.state.lower()
+    if metric not in row.values:
+        fix = " (`crate-ray probe` measures it)" if metric.endswith("top1") else ""
+        return f"{metric} was not measured{fix}"
+    if not math.isfinite(row.values[metric]):
+        return f"{metric} is {'NaN' if math.isnan(row.values[metric]) else 'infinite'}"
+    return None
+
+
+def _unlucky(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
+    """Of screening trials that stand for themselves, all but the best of their model and size."""
+    groups: dict[tuple[object, ...], list[RunRow]] = {}
+    for row in rows:
+        if row.stage == "screen":
+            groups.setdefault((row.sweep, row.model, row.params_encoder, row.images), []).append(row)
+    sign = -1 if is_loss(metric) else 1
+    reason = "a screening trial that another one of its model and size did better than"
+    return {
+        row.run_uid: reason
+        for group in groups.values()
+        for row in sorted(group, key=lambda row: (-sign * row.values[metric], row.configuration))[1:]
+    }
+
+
+def _judge_of(rows: Sequence[RunRow]) -> tuple[str | None, int | None]:
+    """How most of the rows were judged; test before validation and the newer protocol, where as many."""
+    counts = Counter((row.judged_split, row.probe_protocol) for row in rows)
+    return max(counts, key=lambda key: (counts[key], str(key[0]) == "test", key[1] or 0), default=(None, None))
+
+
+def _judged_otherwise(rows: Sequence[RunRow], split: str | None, protocol: int | None) -> dict[str, str]:
+    found = {}
+    for row in rows:
+        if row.judged_split != split:
+            found[row.run_uid] = f"judged on {row.judged_split or 'nothing'}, and the comparison is on {split or 'nothing'}"
+        elif row.probe_protocol != protocol:
+            found[row.run_uid] = f"judged by probe protocol {row.probe_protocol}, and the comparison by {protocol}"
+    return found
+
+
+def _twice(rows: Sequence[RunRow], names: Mapping[str, str]) -> dict[str, str]:
+    """Two runs of one configuration and seed are one draw, not two: the first counts."""
+    first: dict[tuple[str, str, int], RunRow] = {}
+    found = {}
+    for row in sorted(rows, key=lambda row: (row.created or 0, row.run_uid)):
+        held = first.setdefault((row.configuration, compare_digest(row), row.seed), row)
+        if held is not row:
+            found[row.run_uid] = f"the same configuration and seed as {names[held.run_uid]}"
+    return found
+
+
+def _configurations(
+    kept: Sequence[RunRow], rows: Sequence[RunRow], reasons: Mapping[str, str], metric: str
+) -> tuple[Configuration, ...]:
+    groups: dict[tuple[str, str], list[RunRow]] = {}
+    for row in sorted(kept, key=lambda row: row.seed):
+        groups.setdefault((row.configuration, compare_digest(row)), []).append(row)
+    siblings: dict[str, list[RunRow]] = {}
+    for row in rows:
+        siblings.setdefault(row.configuration, []).append(row)
+    planned: dict[str, set[int]] = {}
+    for row in rows:
+        if row.stage == "confirm" and row.sweep is not None:
+            planned.setdefault(row.sweep, set()).add(row.seed)
+    made = [
+        _configuration(group, _missing(group, siblings[group[0].configuration], planned, reasons), metric)
+        for group in groups.values()
+    ]
+    labelled = _labelled(made)
+    return tuple(sorted(labelled, key=lambda item: (item.family, item.positions["params"] or 0, item.label)))
+
+
+def _missing(
+    group: Sequence[RunRow], siblings: Sequence[RunRow], planned: Mapping[str, set[int]], reasons: Mapping[str, str]
+) -> dict[int, str]:
+    """Why a seed that was planned for the configuration, or started, is not among its rows."""
+    kept = {row.seed for row in group}
+    started = {row.seed: reasons[row.run_uid] for row in siblings if row.run_uid in reasons and row.stage != "screen"}
+    never = dict.fromkeys(planned.get(group[0].sweep or "", set()) if group[0].stage == "confirm" else set(), "never started")
+    return {seed: reason for seed, reason in sorted({**never, **started}.items()) if seed not in kept}
+
+
+def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: str) -> Configuration:
+    row = group[0]
+    controls = [item.values[_CONTROL] for item in group if math.isfinite(item.values.get(_CONTROL, math.nan))]
+    unlabelled = Configuration(
+        key=row.configuration,
+        label="",
+        family=row.family,
+        model=row.model,
+        arm=row.arm,
+        rows=tuple(group),
+        missing=missing,
+        metric=mean_t_interval([item.values[metric] for item in group]),
+        control=fmean(controls) if controls and metric == "probe_top1" else None,
+        positions={},
+        params_total=row.params_total,
+        is_confirmed=all(item.stage != "screen" for item in group),
+        tuning_trials=row.tuning_trials,
+    )
+    return replace(unlabelled, positions=_positions(unlabelled))
+
+
+def _positions(item: Configuration) -> dict[Axis, float | None]:
+    hours = [hours for row in item.rows if (hours := row.exclusive_hours) is not None]
+    return {
+        "params": float(item.rows[0].params_encoder),
+        "flops": fmean(row.train_pflops for row in item.rows),
+        "time": fmean(hours) if hours and hardware_of(item) is not None else None,
+    }
+
+
+def _labelled(items: Sequence[Configuration]) -> list[Configuration]:
+    """Labels as short as they can be and still tell all apart."""
+    names = model_names(item.model for item in items)
+    labels = [_shape_label(item.rows[0], names) for item in items]
+    by_label: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_label.setdefault(label, []).append(index)
+    for same in by_label.values():
+        if len(same) > 1:
+            for index, extra in zip(same, _distinctions([items[i] for i in same]), strict=True):
+                labels[index] += f", {extra}"
+    counts = Counter(labels)
+    unique = [label if counts[label] == 1 else f"{label} #{item.key[:4]}" for label, item in zip(labels, items, strict=True)]
+    again = Counter(unique)
+    return [
+        replace(item, label=label if again[label] == 1 else f"{label}-{compare_digest(item.rows[0])[:4]}")
+        for label, item in zip(unique, items, strict=True)
+    ]
+
+
+def _shape_label(row: RunRow, names: Mapping[str, str]) -> str:
+    """'CRATE-MAE 4x128', 'CRATE-MAE untied 4x128'; the words of an ablation and the shape are those of `arch`."""
+    words = str(row.settings.get("arch", "")).split()[1:]
+    return " ".join([names[row.model], *words])
+
+
+def _distinctions(items: Sequence[Configuration]) -> list[str]:
+    """What tells configurations of one shape apart: settings, then length, then the parts of the compare digest."""
+    facts = [_facts(item.rows[0]) for item in items]
+    keys = [key for key in dict.fromkeys(key for fact in facts for key in fact) if len({fact.get(key) for fact in facts}) > 1]
+    chosen: list[str] = []
+    for key in keys:  # as few as tell them apart
+        spelled = {tuple(fact.get(other) for other in (*chosen, key)) for fact in facts}
+        if len(spelled) > len({tuple(fact.get(other) for other in chosen) for fact in facts}):
+            chosen.append(key)
+    return [
+        ", ".join(f"{key} {fact.get(key, 'none')}".strip() for key in chosen) or item.key[:4]
+        for fact, item in zip(facts, items, strict=True)
+    ]
+
+
+def _facts(row: RunRow) -> dict[str, str]:
+    settings = {
+        name or key: value_text(row.settings[key]) for key, name in _LABEL_KEYS.items() if row.settings.get(key) is not None
+    }
+    parts = {key.rpartition(".")[2]: str(value)[:8] for key, value in row.compare.items()}
+    return {**settings, "images": f"{row.images:,}", **parts, "sweep": (row.sweep or "none")[:6]}

@@ -1,0 +1,228 @@
+"""What may be compared with what: the keys in which runs differ, and what that forbids.
+
+In: configurations. Out: for two of them the reasons against a verdict, and findings over all of them that name the key and who
+has which value. The trade-off: a difference in any part of the compare digest refuses a pair, also where it might be
+harmless, for nobody can tell from the numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from crate_ray.analysis.comparison.result import Axis, Configuration, Finding, Severity
+from crate_ray.analysis.objectives import value_text
+from crate_ray.config import digest
+from crate_ray.runs.rows import RunRow
+
+IMAGES_WITHIN = 0.01
+"""Images seen, on the axis of parameters."""
+_MANY = 4  # names in a sentence
+_NOTHING = "nothing"
+
+
+def compare_digest(row: RunRow) -> str:
+    """The same for rows whose parts of the compare digest agree."""
+    return digest(dict(row.compare))
+
+
+def parts_of(item: Configuration, metric: str) -> dict[str, Any]:
+    """What two configurations must share: the compare parts, how they were judged and, of a loss, its question."""
+    row = item.rows[0]
+    target = {f"loss_target.{key}": value for key, value in row.loss_target.items()} if is_loss(metric) else {}
+    return {**row.compare, "judged_split": row.judged_split, "probe_protocol": row.probe_protocol, **target}
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is a loss: smaller is better, and it compares only where it asks the same."""
+    return "loss" in metric
+
+
+def refusals(first: Configuration, second: Configuration, metric: str, axis: str) -> list[str]:
+    """Why no verdict may be given between two configurations on an axis, whatever they measured; the gravest first."""
+    a, b = parts_of(first, metric), parts_of(second, metric)
+    reasons = [
+        f"{key} differs ({_value(a.get(key))} and {_value(b.get(key))})"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+    if axis == "params" and not is_within(images_of(first), images_of(second), IMAGES_WITHIN):
+        reasons.append(f"images seen differ ({images_of(first):,.0f} and {images_of(second):,.0f})")
+    if axis == "time" and hardware_of(first) != hardware_of(second):
+        reasons.append(f"hardware differs ({_value(hardware_of(first))} and {_value(hardware_of(second))})")
+    if first.tuning_trials != second.tuning_trials:
+        reasons.append(f"unequal tuning budgets ({_budget(first.tuning_trials)} and {_budget(second.tuning_trials)})")
+    reasons += [
+        f"{item.label} was screened, not confirmed with fresh seeds" for item in (first, second) if not item.is_confirmed
+    ]
+    return reasons
+
+
+def flags(first: Configuration, second: Configuration) -> tuple[str, ...]:
+    """What a verdict between two configurations must say with it."""
+    rows = (*first.rows, *second.rows)
+    found = []
+    if first.tuning_trials is None and second.tuning_trials is None:
+        found.append("tuning budget not recorded")
+    if len({row.commit for row in rows}) > 1:
+        found.append("trained by different versions of the code")
+    if any(row.rollbacks or row.skipped_steps for row in rows):
+        found.append("some runs were helped past steps without finite numbers")
+    return tuple(found)
+
+
+def is_within(a: float | None, b: float | None, share: float) -> bool:
+    """Whether the larger of two positive numbers is at most `share` above the smaller."""
+    return a is not None and b is not None and min(a, b) > 0 and max(a, b) <= (1 + share) * min(a, b)
+
+
+def images_of(item: Configuration) -> float:
+    """Images seen by a run of a configuration."""
+    return sum(row.images for row in item.rows) / len(item.rows)
+
+
+def hardware_of(item: Configuration) -> str | None:
+    """What all its runs were timed on; None where they were not, or on different hardware."""
+    found = {row.hardware for row in item.rows if row.timing == "exclusive"}
+    return found.pop() if len(found) == 1 else None
+
+
+def largest_comparable(configurations: Sequence[Configuration], metric: str) -> list[Configuration]:
+    """The configurations that agree in all parts with most others; those of both families before those of one."""
+    groups: dict[str, list[Configuration]] = {}
+    for item in configurations:
+        groups.setdefault(digest(parts_of(item, metric)), []).append(item)
+    return max(groups.values(), key=lambda group: (len({item.family for item in group}), len(group)), default=[])
+
+
+def findings_of(configurations: Sequence[Configuration], metric: str, axes: Sequence[Axis]) -> tuple[Finding, ...]:
+    """Everything that the configurations do not share or lack, refusals first."""
+    found = [
+        *_unequal_parts(configurations, metric),
+        *_unequal("refused", "tuning_trials", configurations, lambda item: _budget(item.tuning_trials), _TUNING),
+        *_hardware(configurations, axes),
+        *_code(configurations),
+        *_untold_tuning(configurations),
+        *_unconfirmed(configurations),
+        *_helped(configurations),
+        *_dirty(configurations),
+    ]
+    order: dict[Severity, int] = {"refused": 0, "flagged": 1, "noted": 2}
+    return tuple(sorted(found, key=lambda item: order[item.severity]))
+
+
+_TUNING = "The tuning budgets differ: the side with more trials had more chances to be lucky, so no verdict is given across it."
+
+
+def _unequal_parts(configurations: Sequence[Configuration], metric: str) -> Iterator[Finding]:
+    parts = [parts_of(item, metric) for item in configurations]
+    for key in sorted({key for item in parts for key in item}):
+        yield from _unequal(
+            "refused",
+            key,
+            configurations,
+            partial(_part, metric, key),
+            f"`{key}` differs, so no verdict is given across it.",
+        )
+
+
+def _part(metric: str, key: str, item: Configuration) -> str:
+    return _value(parts_of(item, metric).get(key))
+
+
+def _unequal(
+    severity: Severity,
+    key: str,
+    configurations: Sequence[Configuration],
+    value_of: Callable[[Configuration], str],
+    sentence: str,
+) -> Iterator[Finding]:
+    values = _holders(configurations, value_of)
+    if len(values) > 1:
+        yield Finding(severity, key, values, f"{sentence} {_listed(values)}.")
+
+
+def _holders(configurations: Sequence[Configuration], value_of: Callable[[Configuration], str]) -> dict[str, tuple[str, ...]]:
+    values: dict[str, list[str]] = {}
+    for item in configurations:
+        values.setdefault(value_of(item), []).append(item.label)
+    return {value: tuple(labels) for value, labels in values.items()}
+
+
+def _hardware(configurations: Sequence[Configuration], axes: Sequence[Axis]) -> Iterator[Finding]:
+    if "time" not in axes:
+        return
+    untimed = tuple(item.label for item in configurations if item.positions["time"] is None)
+    if untimed:
+        text = (
+            "Without an exclusive timing pass on one kind of hardware (`crate-ray time RUN...`), and so not on the axis of time"
+        )
+        yield Finding("noted", "timing", {_NOTHING: untimed}, f"{text}: {_names(untimed)}.")
+    timed = [item for item in configurations if item.positions["time"] is not None]
+    sentence = "They were timed on different hardware, so hours are not compared across it."
+    yield from _unequal("refused", "hardware", timed, lambda item: str(hardware_of(item)), sentence)
+
+
+def _code(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    values = _by_run(configurations, lambda row: row.commit or "not recorded")
+    if len(values) > 1:
+        text = "The runs were trained by different versions of the code; verdicts across them are given with this caution."
+        yield Finding("flagged", "code", values, f"{text} {_listed({key[:8]: names for key, names in values.items()})}.")
+
+
+def _by_run(configurations: Sequence[Configuration], value_of: Callable[[RunRow], str]) -> dict[str, tuple[str, ...]]:
+    values: dict[str, list[str]] = {}
+    for item in configurations:
+        for row in item.rows:
+            values.setdefault(value_of(row), []).append(row.name)
+    return {value: tuple(names) for value, names in values.items()}
+
+
+def _untold_tuning(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    labels = tuple(item.label for item in configurations if item.tuning_trials is None)
+    if labels:
+        text = "How much these were tuned is not recorded, for they are no trials of a sweep; judge whether it was equal"
+        yield Finding("flagged", "tuning_budget", {"not recorded": labels}, f"{text}: {_names(labels)}.")
+
+
+def _unconfirmed(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    labels = tuple(item.label for item in configurations if not item.is_confirmed)
+    if labels:
+        text = "Screened and not trained again with fresh seeds, so exploratory: the best of many single runs is flattered"
+        yield Finding(
+            "refused", "confirm", {_NOTHING: labels}, f"{text}: {_names(labels)}. Give the sweep a `confirm` section."
+        )
+
+
+def _helped(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    names = tuple(row.name for item in configurations for row in item.rows if row.rollbacks or row.skipped_steps)
+    if names:
+        text = "Helped past steps without finite numbers, so not the runs of their configuration alone"
+        yield Finding("flagged", "interventions", {"rollbacks or skipped steps": names}, f"{text}: {_names(names)}.")
+
+
+def _dirty(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    names = tuple(row.name for item in configurations for row in item.rows if row.is_dirty)
+    if names:
+        text = "Trained from a checkout with changes that no commit holds"
+        yield Finding("noted", "dirty", {"changed": names}, f"{text}: {_names(names)}.")
+
+
+def _budget(trials: int | None) -> str:
+    return "not recorded" if trials is None else f"{trials} trials"
+
+
+def _value(value: Any) -> str:
+    """A value short enough for a sentence: digests by their beginning."""
+    if value is None:
+        return _NOTHING
+    text = value_text(value)
+    return f"{text[:8]}..." if len(text) > 32 and text.isalnum() else text
+
+
+def _listed(values: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{value}: {_names(names)}" for value, names in values.items())
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MANY])
+    return f"{shown} and {len(names) - _MANY} more" if len(names) > _MANY else shown

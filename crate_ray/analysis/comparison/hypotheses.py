@@ -1,0 +1,217 @@
+"""Which differences are looked at, declared before any outcome is, and what each of them says.
+
+In: configurations. Out: differences of CRATE minus MAE, paired by seed, Holm-corrected over all of them. A hypothesis is chosen
+by where configurations stand on an axis, or by the place that a screening gave them, never by the metric that it is judged by:
+to pick the pair that differs most and then to test it would find winners where there are none.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from crate_ray.analysis.comparison.gates import flags, is_within, refusals
+from crate_ray.analysis.comparison.result import Axis, Configuration, Difference
+from crate_ray.analysis.objectives import Measure, count_text
+from crate_ray.analysis.statistics import PairedTest, holm, paired_t_test, source_interval
+from crate_ray.runs.rows import Estimate
+
+LEAST_PAIRS = 5
+"""Of seeds; with fewer there is no verdict."""
+WITHIN = 0.05
+"""How far two configurations may stand apart on an axis to be called equal there."""
+ALPHA = 0.05
+Where = Axis | Literal["best"]
+Answers = Mapping[str, Mapping[str, Any]]
+"""By run_uid: the content of the run's answers file, which says of each source image how many rows it has and were right."""
+AT: Mapping[str, str] = {
+    "params": "at equal encoder parameters",
+    "flops": "at equal training FLOPs",
+    "time": "at equal training time",
+    "best": "each as its screening chose it",
+}
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A pair to be tested, and why it may not be: known before any outcome is."""
+
+    axis: Where
+    first: Configuration
+    second: Configuration
+    refusals: tuple[str, ...]
+
+
+def declare(configurations: Sequence[Configuration], metric: str, axes: Sequence[Axis]) -> list[Hypothesis]:
+    """The family of hypotheses, from positions and screening places alone.
+
+    On each axis every confirmed configuration of CRATE with the nearest of each model of MAE within 5%, those that may be
+    compared first; then the choice of each model's screening, wherever they stand.
+    """
+    crate = [item for item in configurations if item.family == "crate" and item.is_confirmed]
+    vit = [item for item in configurations if item.family == "vit" and item.is_confirmed]
+    baselines = sorted({item.model for item in vit})
+    found = []
+    for axis in axes:
+        for first in crate:
+            for model in baselines:
+                near = _nearest(first, [item for item in vit if item.model == model], metric, axis)
+                if near is not None:
+                    found.append(near)
+    for model in sorted({item.model for item in crate}):
+        for baseline in baselines:
+            chosen, other = choice_of(crate, model), choice_of(vit, baseline)
+            if chosen is not None and other is not None:
+                found.append(Hypothesis("best", chosen, other, tuple(refusals(chosen, other, metric, "best"))))
+    return found
+
+
+def choice_of(configurations: Sequence[Configuration], model: str) -> Configuration | None:
+    """What the screening of a model chose; without a screening its only configuration, and None where there are several."""
+    own = [item for item in configurations if item.model == model and item.is_confirmed]
+    placed = sorted((place, item.label) for item in own if (place := item.rows[0].place) is not None)
+    if placed:
+        return next(item for item in own if item.label == placed[0][1])
+    return own[0] if len(own) == 1 else None
+
+
+def _nearest(first: Configuration, others: Sequence[Configuration], metric: str, axis: Axis) -> Hypothesis | None:
+    x = first.positions[axis]
+    near = [item for item in others if is_within(x, item.positions[axis], WITHIN)]
+    made = [Hypothesis(axis, first, item, tuple(refusals(first, item, metric, axis))) for item in near]
+    return min(
+        made,
+        key=lambda item: (len(item.refusals) > 0, _distance(x, item.second.positions[axis]), item.second.label),
+        default=None,
+    )
+
+
+def _distance(a: float | None, b: float | None) -> float:
+    return abs(math.log(a / b)) if a and b else math.inf
+
+
+def judge(
+    hypotheses: Sequence[Hypothesis], metric: str, measure: Measure, answers: Answers, *, larger: bool
+) -> tuple[Difference, ...]:
+    """What the runs say of each hypothesis."""
+    drafts = [_measured(item, metric, answers) for item in hypotheses]
+    pairs: dict[tuple[str, str], float] = {_pair(item): item.p_value for item in drafts if item.p_value is not None}
+    corrected = dict(zip(pairs, holm(list(pairs.values())), strict=True))
+    told = [replace(item, p_holm=corrected.get(_pair(item))) if item.p_value is not None else item for item in drafts]
+    return tuple(replace(item, verdict=_verdict(item, measure, larger=larger)) for item in told)
+
+
+def _pair(item: Difference) -> tuple[str, str]:
+    return item.first.label, item.second.label
+
+
+def _measured(item: Hypothesis, metric: str, answers: Answers) -> Difference:
+    first = {row.seed: row for row in item.first.rows}
+    second = {row.seed: row for row in item.second.rows}
+    seeds = tuple(sorted(first.keys() & second.keys()))
+    dropped = _dropped(item, seeds)
+    test = _test([first[seed].values[metric] - second[seed].values[metric] for seed in seeds]) if not item.refusals else None
+    pairs = [(first[seed].run_uid, second[seed].run_uid) for seed in seeds]
+    noise = _test_noise([(answers.get(a), answers.get(b)) for a, b in pairs], metric) if not item.refusals else None
+    return Difference(
+        axis=item.axis,
+        first=item.first,
+        second=item.second,
+        seeds=seeds,
+        dropped=dropped,
+        interval=Estimate(test.mean, test.low, test.high) if test else None,
+        p_value=test.p_value if test else None,
+        p_holm=None,
+        test_noise=noise,
+        why_no_verdict=_why_no_verdict(item, len(seeds)),
+        verdict="",
+        flags=flags(item.first, item.second),
+    )
+
+
+def _test(differences: Sequence[float]) -> PairedTest | None:
+    return paired_t_test(differences) if len(differences) > 1 else None
+
+
+def _dropped(item: Hypothesis, seeds: Sequence[int]) -> dict[int, str]:
+    """Why a seed of either side has no pair."""
+    reasons: dict[int, list[str]] = {}
+    for own, other in ((item.first, item.second), (item.second, item.first)):
+        for seed, reason in own.missing.items():
+            reasons.setdefault(seed, []).append(f"{own.label}: {reason}")
+        for seed in own.seeds:
+            if seed not in seeds and seed not in other.missing:
+                reasons.setdefault(seed, []).append(f"{other.label} has no such seed")
+    return {seed: "; ".join(reasons[seed]) for seed in sorted(reasons)}
+
+
+def _why_no_verdict(item: Hypothesis, num_pairs: int) -> str | None:
+    if item.refusals:
+        return "; ".join(item.refusals)
+    if num_pairs < LEAST_PAIRS:
+        return f"{count_text(num_pairs, 'paired seed')}, and a verdict needs {LEAST_PAIRS}"
+    return None
+
+
+def _test_noise(pairs: Sequence[tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]], metric: str) -> Estimate | None:
+    """Of the difference of the seeds' means over source images; None where a run's answers are missing or of other images."""
+    tables = [[_answered(side, metric) for side in pair] for pair in pairs]
+    known = [table for pair in tables for table in pair if table is not None]
+    if not known or len(known) < 2 * len(pairs):
+        return None
+    sources, rows = known[0][0], known[0][1]
+    if any(names != sources or counts != rows for names, counts, _ in known):
+        return None
+    signed = [sign * np.asarray(correct, float) for pair in tables for sign, (_, _, correct) in zip((1, -1), pair, strict=True)]  # type: ignore[misc]
+    total_S = np.sum(signed, axis=0) / len(pairs)
+    return source_interval(list(zip(total_S.tolist(), rows, strict=True))) if len(rows) > 1 else None
+
+
+def _answered(body: Mapping[str, Any] | None, metric: str) -> tuple[list[str], list[int], list[float]] | None:
+    """Names of the sources, their rows and how many of them were right, in the order of names."""
+    correct = (body or {}).get("correct", {}).get(metric)
+    if body is None or correct is None:
+        return None
+    ordered = sorted(zip(map(str, body["sources"]), body["rows"], correct, strict=True))
+    return [item[0] for item in ordered], [item[1] for item in ordered], [item[2] for item in ordered]
+
+
+def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
+    """The finding in one sentence."""
+    a, b, at = item.first.label, item.second.label, AT[item.axis]
+    if item.why_no_verdict is not None:
+        measured = f" (measured: {_interval_text(item.interval, measure)})" if item.interval is not None else ""
+        return f"No verdict on {a} and {b} {at}: {item.why_no_verdict}{measured}."
+    assert item.interval is not None
+    assert item.p_holm is not None
+    numbers = f"{_interval_text(item.interval, measure)} over {len(item.seeds)} paired seeds"
+    tail = f"; {', '.join(item.flags)}" if item.flags else ""
+    if is_distinguished(item):
+        better, worse = (a, b) if (item.interval.value > 0) == larger else (b, a)
+        return f"{_capital(at)}, {better} is better than {worse}: {numbers}, {_p_text(item.p_holm)} after Holm{tail}."
+    corrected = ", once all comparisons made are allowed for" if not item.interval.low <= 0 <= item.interval.high else ""
+    return f"{_capital(at)}, {a} and {b} are not distinguishable{corrected}: {numbers}{tail}."
+
+
+def is_distinguished(item: Difference) -> bool:
+    """Whether there is a verdict and it names a winner."""
+    if item.why_no_verdict is not None or item.interval is None or item.p_holm is None:
+        return False
+    return item.p_holm < ALPHA and not item.interval.low <= 0 <= item.interval.high
+
+
+def _interval_text(interval: Estimate | None, measure: Measure) -> str:
+    """'+1.2 [0.3, 2.1] points'."""
+    assert interval is not None
+    unit = f" {measure.difference_unit}" if measure.difference_unit else f" of {measure.label}"
+    return f"{measure.difference_text(interval.value)} [{measure.text(interval.low)}, {measure.text(interval.high)}]{unit}"
+
+
+def _p_text(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
