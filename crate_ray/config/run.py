@@ -362,6 +362,9 @@ class TrackingConfig(Frozen):
 
     uri: str | None = None
     experiment: str = "crate-mae/default"
+    system_every_s: float | None = Field(
+        10.0, ge=1, description="processors, memory, disk, network and GPUs of each node are sampled so often; null: never"
+    )
 
 
 class RunConfig(Frozen):

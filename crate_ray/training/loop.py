@@ -41,6 +41,7 @@ from crate_ray.training.reading import TrainingBatches
 from crate_ray.training.saving import CheckpointSaver
 from crate_ray.training.schedule import cooldown_start, describe_rate, learning_rate, total_steps, warmup_steps
 from crate_ray.training.step import PendingOutcome, TrainStep, Votes
+from crate_ray.training.system import watch_system
 from crate_ray.training.watchdog import Watchdog
 from crate_ray.training.whitebox import WhiteboxMonitor
 
@@ -110,7 +111,8 @@ def run_training(
         OutOfMemory: A step did not fit.
         ConfigError: The data or a checkpoint cannot be read.
     """
-    with Watchdog(folder, context, timeout_s=config.scale.hang_timeout_s) as watchdog:
+    watched = watch_system(folder, context, every_s=config.tracking.system_every_s)
+    with watched, Watchdog(folder, context, timeout_s=config.scale.hang_timeout_s) as watchdog:
         while True:
             fitting = agreed_micro_batch(config, folder, context)
             watchdog.feed("the start and the first step", is_long=True)

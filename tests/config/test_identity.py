@@ -53,6 +53,7 @@ def identity(*overrides: str) -> str:
         "storage.path=s3://bucket/runs",
         "tracking.uri=http://mlflow:5000",
         "tracking.experiment=crate-mae/other",
+        "tracking.system_every_s=60",
         "eval.every_steps=7",
         "eval.probe_every_steps=null",
         "eval.whitebox_every_steps=null",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from crate_ray.config import ConfigError, RunConfig
+from crate_ray.data import load_index
 from crate_ray.training.prepare import data_digest, prepare_run
 
 LoadTiny = Callable[..., RunConfig]
@@ -47,3 +48,19 @@ def test_a_store_that_cannot_be_written_refuses_the_run(load_tiny: LoadTiny, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         prepare_run(load_tiny(f"storage.path={tmp_path / 'file' / 'runs'}"), device_type="cpu")
+
+
+def test_a_run_says_which_data_it_reads_with_a_digest_of_each_split(load_tiny: LoadTiny, shards: Path, tmp_path: Path) -> None:
+    _, folder = prepare_run(load_tiny(), device_type="cpu")
+    body = folder.read_json("datasets.json")
+    assert body is not None
+    listed = [(entry["split"], entry["url"], entry["digest"], entry["images"]) for entry in body["datasets"]]
+    splits = (("train", "train"), ("eval", "validation"), ("test", "test"))
+    indices = [(split, load_index(str(shards / name))) for split, name in splits]
+    assert listed == [(split, index.url, index.digest, index.num_samples) for split, index in indices]
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    prepare_run(load_tiny(*(f"data.{key}={moved / name}" for key, name in splits)), device_type="cpu")
+    there = folder.read_json("datasets.json")
+    assert there is not None
+    assert [entry["url"] for entry in there["datasets"]] == [str(moved / name) for _, name in splits]
