@@ -72,12 +72,16 @@ def test_an_actor_that_is_killed_costs_time_and_no_batch(digits: Path) -> None:
     options = {"global_batch": 16, "image_size": 32, "rank": 0, "world_size": 1, "seed": 1, "lanes": 8, "window": 64}
     url = str(digits / "train")
     with closing(open_streamed_reader(url, num_loaders=2, **options)) as streamed, open_reader(url, **options) as reader:
+        waits_s = []
         for step in range(400):
             if step == 5:
                 _kill_one_actor()
+            started = time.perf_counter()
             ours, expected = next(streamed), next(reader)
+            waits_s.append(time.perf_counter() - started)
             assert torch.equal(ours.images_BCHW, expected.images_BCHW)
             assert torch.equal(ours.sample_ids_B, expected.sample_ids_B)
+    print(f"longest wait for a batch after an actor was killed: {max(waits_s[5:]):.1f} s")
 
 
 def _kill_one_actor() -> None:
