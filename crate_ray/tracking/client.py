@@ -88,6 +88,7 @@ def configure(*, timeout_s: float) -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(timeout_s))
+    os.environ.setdefault("PGCONNECT_TIMEOUT", str(max(2, math.ceil(timeout_s))))
 
 
 def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
@@ -107,3 +108,11 @@ def one_line(error: BaseException) -> str:
     """An exception as one line, without passwords; of a long one both ends, since MLflow puts the cause last."""
     text = re.sub(r"//[^/\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
+
+
+def explain(error: BaseException) -> str:
+    """An exception as one line, with the fix where a server refuses the name by which it was called."""
+    text = one_line(error)
+    if "Invalid Host header" not in str(error):
+        return text
+    return f"{text}; a server answers only to names that it was told: start it with `--allowed-hosts NAME`, see docs/operations.md"

@@ -4,17 +4,16 @@ In: a tracking URI and a name. Out: an experiment id. What the user can correct 
 anything starts; a server that does not answer is a warning, because runs do not need it.
 """
 
-import contextlib
-import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crate_ray.config import ConfigError
-from crate_ray.tracking.client import absolute_uri, configure, database_path, one_line, open_client, public_uri
+from crate_ray.tracking.client import absolute_uri, configure, database_path, explain, one_line, open_client, public_uri
+from crate_ray.tracking.database import alone
+from crate_ray.tracking.limits import MAX_EXPERIMENT_NAME
 from crate_ray.tracking.views import write_views
 
 if TYPE_CHECKING:
@@ -26,15 +25,20 @@ logger = logging.getLogger(__name__)
 def initialise(uri: str, experiment: str, *, timeout_s: float = 5, artifact_root: str | None = None) -> str | None:
     """Creates database, experiment and saved views; called once, before any worker starts.
 
-    Several processes that open a fresh sqlite database at once break its migration, so that one
-    caller has to come first: the driver. Several drivers on one machine wait for each other here.
+    Several drivers that start together wait for each other here.
+
+    Args:
+        uri: The tracking store.
+        experiment: Name of the experiment.
+        timeout_s: How long one request may take.
+        artifact_root: Where a new experiment keeps files, for a database that is no sqlite.
 
     Returns:
         The experiment id, or None when a server does not answer: one warning, and the run goes on
         without it.
 
     Raises:
-        ConfigError: The database cannot be written or is none, or the experiment was deleted.
+        ConfigError: The database cannot be written or is none, the name does not fit, or the experiment was deleted.
     """
     uri = absolute_uri(uri)
     database = database_path(uri)
@@ -45,35 +49,51 @@ def initialise(uri: str, experiment: str, *, timeout_s: float = 5, artifact_root
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        with _alone(database):
-            return prepare(open_client(uri, timeout_s=timeout_s), uri, experiment, artifact_root)
+        return connect(uri, experiment, timeout_s=timeout_s, artifact_root=artifact_root)[1]
     except (MlflowException, SQLAlchemyError) as error:
         if database is not None:
             raise ConfigError(f"tracking.uri = '{public_uri(uri)}': {one_line(error)}") from None
         logger.warning(
             "MLflow at %s does not answer (%s); runs go on, and `crate-ray tracking sync` sends them later",
             public_uri(uri),
-            one_line(error),
+            explain(error),
         )
         return None
 
 
-def prepare(client: "MlflowClient", uri: str, name: str, artifact_root: str | None = None) -> str:
-    """The experiment's id, with the saved views in place; raises as `open_experiment` does."""
-    experiment_id = open_experiment(client, uri, name, artifact_root)
-    write_views(client, experiment_id)
-    return experiment_id
+def connect(uri: str, experiment: str, *, timeout_s: float = 5, artifact_root: str | None = None) -> tuple["MlflowClient", str]:
+    """A client and the experiment's id, with database, experiment and saved views in place.
+
+    Raises:
+        ConfigError: The name does not fit, the experiment was deleted, or the database's driver is not installed.
+        mlflow.exceptions.MlflowException: The store does not answer.
+        sqlalchemy.exc.SQLAlchemyError: The database does not answer.
+    """
+    configure(timeout_s=timeout_s)
+    try:
+        with alone(uri):
+            client = open_client(uri, timeout_s=timeout_s)
+            experiment_id = open_experiment(client, uri, experiment, artifact_root)
+            write_views(client, experiment_id)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tracking.uri = '{public_uri(uri)}' needs the Python package '{error.name}'; for PostgreSQL: "
+            "pip install 'crate-ray[postgresql]'"
+        ) from None
+    return client, experiment_id
 
 
 def open_experiment(client: "MlflowClient", uri: str, name: str, artifact_root: str | None = None) -> str:
     """Finds or creates an experiment and gives its id.
 
     Raises:
-        ConfigError: The experiment is in MLflow's trash.
+        ConfigError: The experiment is in MLflow's trash, or its name does not fit.
         mlflow.exceptions.MlflowException: The store does not answer.
     """
     from mlflow.exceptions import MlflowException
 
+    if not 0 < len(name) <= MAX_EXPERIMENT_NAME:
+        raise ConfigError(f"tracking.experiment has {len(name)} characters; MLflow takes 1 to {MAX_EXPERIMENT_NAME}")
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -102,17 +122,6 @@ def _check_database(uri: str, path: Path) -> None:
     target = path if path.exists() else path.parent
     if not os.access(target, os.W_OK) or path.is_dir():
         raise ConfigError(_unwritable(uri, target, "no write access, or a folder where the file should be"))
-
-
-@contextlib.contextmanager
-def _alone(database: Path | None) -> Iterator[None]:
-    """Holds a lock file beside a sqlite database, for as long as its tables may be made."""
-    if database is None:
-        yield
-        return
-    with database.with_name(f".{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _unwritable(uri: str, path: Path, reason: str) -> str:

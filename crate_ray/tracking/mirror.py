@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder
-from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri, web_url
-from crate_ray.tracking.experiment import prepare
+from crate_ray.tracking.client import absolute_uri, explain, one_line, public_uri, web_url
+from crate_ray.tracking.experiment import connect
 from crate_ray.tracking.replay import RunReplay, Session
 from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
 
@@ -224,8 +224,8 @@ class Mirror:
     def _connect(self) -> Session:
         if self._session is None:
             uri = absolute_uri(self._uri)
-            client = open_client(uri, timeout_s=self._timeout_s)
-            self._session = Session(client, uri, prepare(client, uri, self._experiment, self._artifact_root))
+            client, experiment_id = connect(uri, self._experiment, timeout_s=self._timeout_s, artifact_root=self._artifact_root)
+            self._session = Session(client, uri, experiment_id)
         return self._session
 
     def _is_server_trouble(self, error: Exception) -> bool:
@@ -253,7 +253,7 @@ class Mirror:
         hopeless = isinstance(error, ConfigError)
         self._backoff_s = _MAX_BACKOFF_SECONDS if hopeless else min(max(1.0, 2 * self._backoff_s), _MAX_BACKOFF_SECONDS)
         self._retry_at = time.monotonic() + self._backoff_s
-        self._server_error = one_line(error)
+        self._server_error = explain(error)
         self._report(self._server_error)
 
     def _report(self, reason: str) -> None:

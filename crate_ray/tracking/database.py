@@ -1,0 +1,48 @@
+"""Turns at a fresh database: of several drivers that start together, one makes the tables.
+
+In: a tracking URI. Out: a lock that is held while MLflow opens the store. MLflow's migrations break when two
+processes run them at once, on sqlite and on PostgreSQL alike. A file lock orders the processes of one machine, a
+lock in the database those of all machines. A server makes its tables when it starts, before anybody asks it.
+"""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+
+from crate_ray.tracking.client import database_path
+
+_LOCK_KEY = 0x6372617465726179  # "crateray"; others that lock this database must not mean the same thing
+_LOCK_SECONDS = 120  # making all tables took 11 s on a busy machine
+
+
+@contextlib.contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Holds the right to make the tables of a database; of a server, nothing.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: PostgreSQL does not answer. MLflow itself would try again for 100 s.
+        ModuleNotFoundError: There is no driver for it.
+    """
+    database = database_path(uri)
+    if database is not None:
+        with database.with_name(f".{database.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    elif uri.startswith("postgresql"):
+        with _postgres_lock(uri):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _postgres_lock(uri: str) -> Iterator[None]:
+    """A lock of a transaction of its own, which ends with the connection whatever becomes of this process."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    engine = create_engine(uri, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+        yield
