@@ -39,7 +39,7 @@ def front(candidates: Sequence[Candidate], objectives: Sequence[str]) -> list[Ca
     costs = [_costs(candidate, objectives) for candidate in candidates]
     complete = [index for index, cost in enumerate(costs) if np.isfinite(cost).all()]
     of_complete = np.array([costs[index] for index in complete]).reshape(len(complete), len(objectives))
-    kept = _front_of_two(of_complete) if len(objectives) == 2 else _front_of_many(of_complete)
+    kept = front_of_two(of_complete) if len(objectives) == 2 else _front_of_many(of_complete)
     return [candidates[complete[index]] for index in sorted(kept)]
 
 
@@ -50,8 +50,11 @@ def _costs(candidate: HasObjectives, objectives: Sequence[str]) -> list[float]:
     return [math.nan if value is None else sign * value for sign, value in zip(signs, values, strict=True)]
 
 
-def _front_of_two(costs: np.ndarray) -> list[int]:
-    """O(n log n): from the least first cost on, each must undercut the second cost of all before it."""
+def front_of_two(costs: np.ndarray) -> list[int]:
+    """Indices of the (N, 2) costs that no other dominates, smaller being better, by the first cost; equals stand together.
+
+    O(n log n): from the least first cost on, each must undercut the second cost of all before it.
+    """
     order = sorted(range(len(costs)), key=lambda index: tuple(costs[index]))
     kept: list[int] = []
     lowest = math.inf

@@ -73,10 +73,7 @@ def paired_t_test(differences: Sequence[float], *, confidence: float = 0.95) -> 
 
     interval = paired_t_interval(differences, confidence=confidence)
     error = float(np.std(differences, ddof=1)) / math.sqrt(interval.n)
-    if error > 0:
-        p_value = float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1))
-    else:
-        p_value = float(interval.mean == 0)
+    p_value = float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1)) if error > 0 else float(interval.mean == 0)
     return PairedTest(interval.mean, interval.low, interval.high, interval.n, p_value)
 
 
