@@ -6,12 +6,14 @@ probe; nothing is computed again. A number that was not measured is not there. A
 judged on, for a number on validation and one on test are not to be mixed.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
+from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, digest
 from crate_ray.runs.folder import RunFolder, sweep_of
 from crate_ray.runs.records import decode_number, encode_number
@@ -27,6 +29,8 @@ _KINDS = ("train", "trial", "control")
 _READERS = 16
 _SEED = "train.seed"
 _FINAL = "final/"
+_REPORT = re.compile(r"probe_(test|validation)(?!.*_step_\d{8}).*\.json")
+"""Of the end of a run; reports on earlier checkpoints have their step in the name."""
 
 
 class Estimate(NamedTuple):
@@ -74,13 +78,14 @@ class RunRow:
         values: Final values without `final/`: eval_loss, probe_top1 of the judged split, knn_top1, rankme, ...
         intervals: Of judged accuracies, over source images: probe_top1, gain, control_top1, ...
         judged_split: What `values` of probes were judged on.
-        probe_protocol: Its version.
+        probe_protocol: Version of the protocol of `probe_top1`.
         loss_target: What the validation loss asks; losses compare only where it is equal.
         rollbacks: Returns to an earlier checkpoint.
         skipped_steps: Steps without a finite loss or gradient.
         incomplete: Why it is not complete, in words; None where it is.
         place: Of a confirmed run: where its point stood in the screening of its arm, from 1.
         created: Unix seconds.
+        measured_by: Name and version of the protocol of each judged value: "house/1".
     """
 
     run_uid: str
@@ -122,6 +127,14 @@ class RunRow:
     incomplete: str | None = None
     place: int | None = None
     created: float | None = None
+    measured_by: Mapping[str, str] = field(default_factory=dict)
+
+    def judge_of(self, metric: str) -> tuple[str | None, str | None]:
+        """Split and protocol that a value was judged by; None twice for what training measured itself."""
+        if metric in self.measured_by:
+            return self.judged_split, self.measured_by[metric]
+        is_judged = metric in self.intervals or (metric.endswith("top1") and not metric.startswith("eval_"))
+        return (self.judged_split, f"house/{self.probe_protocol}") if is_judged else (None, None)
 
     @property
     def exclusive_hours(self) -> float | None:
@@ -180,9 +193,8 @@ def read_run_rows(folders: Sequence[RunFolder], *, split: Split | None = None) -
     with ThreadPoolExecutor(_READERS) as pool:
         sweeps = list(pool.map(sweep_of, folders))
         trials = list(pool.map(lambda pair: read_trial(pair[0]) if pair[1] else None, zip(folders, sweeps, strict=True)))
-        screenings = {sweep.uri: None for sweep in sweeps if sweep is not None}
-        read = {uri: read_screening(RunFolder(uri)) for uri in screenings}
-        of_folder = [read[sweep.uri] if sweep is not None else None for sweep in sweeps]
+        screenings = {uri: read_screening(RunFolder(uri)) for uri in {sweep.uri for sweep in sweeps if sweep is not None}}
+        of_folder = [screenings[sweep.uri] if sweep is not None else None for sweep in sweeps]
         found = list(pool.map(partial(_read, split=split), folders, trials, of_folder))
     unread = {folder.name: item for folder, item in zip(folders, found, strict=True) if isinstance(item, str)}
     return RunRows(tuple(item for item in found if isinstance(item, RunRow)), unread)
@@ -190,18 +202,17 @@ def read_run_rows(folders: Sequence[RunFolder], *, split: Split | None = None) -
 
 def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None, split: Split | None) -> RunRow | str:
     """The row, or why there is none."""
-    meta, fingerprint = folder.read_json("run_meta.json"), folder.read_json("fingerprint.json")
-    if meta is None or fingerprint is None:
-        return "no run was started here, or it is being created"
-    if meta["kind"] not in _KINDS:
+    files = _Files(folder)
+    meta, fingerprint = files.read("run_meta.json"), files.read("fingerprint.json")
+    if meta is not None and meta["kind"] not in _KINDS:
         return f"a {meta['kind']}, and no trained run"
+    if meta is None or fingerprint is None or "config.yaml" not in files.names:
+        return _ending(trial) if trial is not None and trial.is_over else "no run was started here, or it is being created"
     try:
         config = folder.read_config()
-    except FileNotFoundError:
-        return "no run was started here, or it is being created"
     except ConfigError as error:
-        return f"its configuration cannot be read: {error}".partition("\n")[0]
-    status, final = read_status(folder), folder.read_json("final.json")
+        return f"its configuration cannot be read: {_line(str(error))}"
+    status, final = read_status(folder), files.read("final.json")
     incomplete = _why_incomplete(trial, status, final)
     stage = trial.stage if trial else meta.get("stage")
     parts = fingerprint["compare"]["parts"]
@@ -229,9 +240,20 @@ def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None
         loss_target=loss_target(config),
         **_described(config, parts.get("precision")),
         **_cost(final, trial),
-        **_speed(folder, final),
-        **_measured(folder, final, "validation" if stage == "screen" else split),
+        **_speed(files, final),
+        **_measured(files, final, "validation" if stage == "screen" else split),
     )
+
+
+class _Files:
+    """The JSON files of a folder, listed once: what is not there is not asked for."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self.names = frozenset(storage.list_dir(folder.uri))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        return self._folder.read_json(name) if name in self.names else None
 
 
 def configuration_of(resume_parts: Mapping[str, Any]) -> str:
@@ -301,33 +323,49 @@ def _cost(final: Mapping[str, Any] | None, trial: TrialRow | None) -> dict[str, 
 _QUANTITIES = {"params_total": "params_m", "params_encoder": "encoder_params_m"}
 
 
-def _speed(folder: RunFolder, final: Mapping[str, Any] | None) -> dict[str, Any]:
+def _speed(files: _Files, final: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of the exclusive timing pass, else of training, which may have shared its machine."""
-    timing = folder.read_json("timing.json")
+    timing = files.read("timing.json")
     if timing is not None and timing.get("exclusive"):
         return {"images_per_s": timing["images_per_s"], "hardware": timing.get("hardware"), "timing": "exclusive"}
     measured = (final or {}).get("values", {}).get("final/images_per_s")
     return {"images_per_s": measured, "timing": "shared" if measured is not None else None}
 
 
-def _measured(folder: RunFolder, final: Mapping[str, Any] | None, split: Split | None) -> dict[str, Any]:
-    """What training measured at its end, with the judgement on one split alone, whatever else final.json holds by now."""
+def _measured(files: _Files, final: Mapping[str, Any] | None, split: Split | None) -> dict[str, Any]:
+    """What training measured at its end, with the judgements on one split alone, whatever else final.json holds by now."""
     if final is None:
         return {}
-    probes = {name: probe for name in _SPLITS if (probe := folder.read_json(f"probe_{name}.json")) is not None}
-    judged = split if split is not None else next(iter(probes), None)
-    probe = probes.get(judged) if judged is not None else None
-    of_probes = {key for body in probes.values() for key in body["values"]}
+    reports = [report for name in sorted(files.names) if _REPORT.fullmatch(name) and (report := files.read(name)) is not None]
+    splits = {report["split"] for report in reports}
+    judged = split if split is not None else next((name for name in _SPLITS if name in splits), None)
+    chosen = [report for report in reports if report["split"] == judged]
+    of_probes = {key for report in reports for key in report["values"]}
+    unlabelled = {key: value for report in reports for key, value in report["values"].items() if _is_label_free(report, key)}
     trained = {key: value for key, value in final["values"].items() if key not in of_probes}
-    values = {
-        key.removeprefix(_FINAL): decode_number(value) for key, value in {**trained, **(probe or {}).get("values", {})}.items()
-    }
+    probed = {key: value for report in chosen for key, value in report["values"].items()}
+    values = {key.removeprefix(_FINAL): decode_number(value) for key, value in {**trained, **unlabelled, **probed}.items()}
     helped = {key: int(values.pop(key, 0)) for key in ("rollbacks", "skipped_steps")}
-    if probe is None:
-        return {"values": values, **helped}
-    intervals = {key: Estimate(*map(decode_number, item)) for key, item in probe.items() if _is_interval(item)}
-    return {"values": values, "intervals": intervals, "judged_split": judged, "probe_protocol": probe.get("protocol"), **helped}
+    stamps = {key.removeprefix(_FINAL): stamp for report in reports for key, stamp in report.get("measured_by", {}).items()}
+    own = next((report for report in chosen if "data" not in report), None)
+    return {
+        "values": values,
+        "intervals": {key: item for report in chosen for key, item in _intervals(report)},
+        "judged_split": judged if chosen else None,
+        "probe_protocol": own.get("protocol") if own else None,
+        "measured_by": {key: stamp for key, stamp in stamps.items() if key in values},
+        **helped,
+    }
 
 
-def _is_interval(item: Any) -> bool:
-    return isinstance(item, list) and len(item) == 3 and all(isinstance(number, int | float) for number in item)
+def _is_label_free(report: Mapping[str, Any], key: str) -> bool:
+    """Measured on validation without its labels, whatever split the rest of the report is of."""
+    return bool(report.get("measured_by", {}).get(key, "").startswith("label-free"))
+
+
+def _intervals(report: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    """Every value with its ends, by the names of values: those on other shards begin with the name of these."""
+    prefix = f"{report['data']}_" if "data" in report else ""
+    for key, item in report.items():
+        if isinstance(item, list) and len(item) == 3 and all(isinstance(number, int | float) for number in item):
+            yield prefix + key, Estimate(*map(decode_number, item))
