@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from crate_ray import __version__
-from crate_ray.cli import data, doctor, export, models, probe, quickstart, runs, sweep, tracking, train, weights
+from crate_ray.cli import compare, data, doctor, export, models, probe, quickstart, runs, sweep, tracking, train, weights
 from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
 from crate_ray.runs import LeaseLostError
@@ -28,6 +28,7 @@ app.command("train", short_help="Train one model; again resumes.")(train.train)
 app.command("sweep", short_help="Many trials with Ray Tune; again resumes.")(sweep.sweep)
 app.command("runs", short_help="List runs and their states.")(runs.runs)
 app.command("probe", short_help="Judge finished runs; draw what they see.")(probe.probe)
+app.command("compare", short_help="Is CRATE-MAE worth it: verdicts and a report.")(compare.compare)
 app.command("models", short_help="Parameters, GFLOPs and memory of a model.")(models.models)
 app.command("weights", short_help="Read, identify or convert a weights file.")(weights.weights)
 app.command("export", short_help="Weights for other programs.")(export.export)

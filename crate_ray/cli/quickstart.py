@@ -117,8 +117,8 @@ def _probe(folders: "list[RunFolder]", out: Path) -> float:
 def _log(study: Any, out: Path, headline: str) -> None:
     from crate_ray.tracking import log_comparison
 
-    artifacts = [out / name for name in ("comparison.json", "comparison.png", "report.md")]
-    log_comparison(study.uri, study.experiment, name="quickstart", artifacts=artifacts, note_first_line=headline)
+    files = ("comparison.json", "comparison.png", "report.md")
+    log_comparison(study.uri, study.experiment, name="quickstart", folder=out, files=files, headline=headline)
 
 
 def _print(result: dict[str, Any], out: Path) -> None:

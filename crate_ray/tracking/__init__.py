@@ -1,15 +1,19 @@
 """MLflow, a mirror of the run folders. The only room that imports mlflow, and only inside functions."""
 
 from crate_ray.tracking.client import default_artifact_root, default_uri, web_url
+from crate_ray.tracking.comparison import LoggedComparison, log_comparison
 from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.mirror import Mirror, MirrorSummary
+from crate_ray.tracking.query import ExperimentRows, rows_of_experiment
 from crate_ray.tracking.server import Server, serve
-from crate_ray.tracking.sync import SyncResult, log_comparison, sync
+from crate_ray.tracking.sync import SyncResult, sync
 from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
 
 __all__ = [
     "CURVES",
     "EFFICIENCY",
+    "ExperimentRows",
+    "LoggedComparison",
     "Mirror",
     "MirrorSummary",
     "Server",
@@ -18,6 +22,7 @@ __all__ = [
     "default_uri",
     "initialise",
     "log_comparison",
+    "rows_of_experiment",
     "serve",
     "sync",
     "view_url",

@@ -31,11 +31,11 @@ class ExperimentRows:
 
     Attributes:
         rows: Of the runs that have one.
-        unread: Names of the runs that have none, by the reason.
+        unread: Why a run has none, by its name.
     """
 
     rows: list[RunRow]
-    unread: Mapping[str, list[str]]
+    unread: Mapping[str, str]
 
 
 def rows_of_experiment(uri: str, experiment: str, *, split: Split, timeout_s: float = 10) -> ExperimentRows:
@@ -62,16 +62,16 @@ def rows_of_experiment(uri: str, experiment: str, *, split: Split, timeout_s: fl
 
 
 def _read(runs: Iterator["Run"], split: Split) -> ExperimentRows:
-    rows, unread = list[RunRow](), dict[str, list[str]]()
+    rows, unread = list[RunRow](), dict[str, str]()
     for run in runs:
         if run.data.tags.get("kind") in _NO_ROWS:
             continue
         try:
             rows.append(unpack_row(run.data.tags[ROW_TAG], split))
         except KeyError:
-            unread.setdefault(_why_no_tag(run), []).append(run.info.run_name)
+            unread[_name(run, unread)] = _why_no_tag(run)
         except ValueError as error:
-            unread.setdefault(f"{error}; {_SYNC}", []).append(run.info.run_name)
+            unread[_name(run, unread)] = f"{error}; {_SYNC}"
     return ExperimentRows(rows, unread)
 
 
@@ -91,8 +91,10 @@ def _connect(uri: str, timeout_s: float) -> "MlflowClient":
 def _check_answer(uri: str, timeout_s: float) -> None:
     """Connects to a database once: MLflow itself tries for hours, behind a lock that other stores wait for."""
     from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
 
-    create_engine(uri, connect_args={"connect_timeout": math.ceil(timeout_s)}).connect().close()
+    engine = create_engine(uri, poolclass=NullPool, connect_args={"connect_timeout": math.ceil(timeout_s)})
+    engine.connect().close()
 
 
 @contextlib.contextmanager
@@ -126,6 +128,12 @@ def _runs(client: "MlflowClient", experiment_id: str) -> Iterator["Run"]:
         token = page.token
         if not token:
             return
+
+
+def _name(run: "Run", taken: Mapping[str, str]) -> str:
+    """The run's name; with its id where another one is called alike."""
+    name = str(run.info.run_name)
+    return name if name not in taken else f"{name} ({run.info.run_id[:8]})"
 
 
 def _why_no_tag(run: "Run") -> str:

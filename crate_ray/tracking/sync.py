@@ -1,23 +1,16 @@
-"""Catching up, and what is written after the runs: replays of folders, and the comparison.
+"""Catching up: replays of run folders.
 
-In: run folders, or the files of a comparison. Out: the same MLflow runs that a live mirror makes.
+In: run folders. Out: the same MLflow runs that a live mirror makes.
 Unlike the mirror, this is the foreground: it waits for the server and says what it could not do.
 """
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from crate_ray.config import digest
 from crate_ray.runs import RunFolder
 from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri
-from crate_ray.tracking.describe import MAX_NAME, RUN_UID_TAG
 from crate_ray.tracking.experiment import initialise
-from crate_ray.tracking.limits import valid_tags
-from crate_ray.tracking.replay import RunReplay, Session, find_run
-
-logger = logging.getLogger(__name__)
+from crate_ray.tracking.replay import RunReplay, Session
 
 
 @dataclass(frozen=True)
@@ -55,62 +48,6 @@ def sync(
         return [SyncResult(folder.name, None, 0, reason) for folder in ordered]
     session = Session(open_client(uri, timeout_s=timeout_s), absolute_uri(uri), experiment_id)
     return [_replay(folder, session) for folder in ordered]
-
-
-def log_comparison(
-    uri: str,
-    experiment: str,
-    *,
-    name: str,
-    artifacts: Sequence[Path],
-    note_first_line: str,
-    tags: Mapping[str, str] | None = None,
-) -> str | None:
-    """Stores a comparison as one run of its experiment, with the conclusion as the experiment's note.
-
-    A comparison of the same name is written over.
-
-    Args:
-        uri: The tracking store.
-        experiment: Name of the experiment.
-        name: Name of the comparison; its first 18 characters are shown.
-        artifacts: Files such as comparison.json, the figures and report.md.
-        note_first_line: The conclusion in one line; MLflow shows no more without a click.
-        tags: Further tags.
-
-    Returns:
-        The MLflow run id; None when the server does not answer (a warning says so).
-
-    Raises:
-        ConfigError: The store or the experiment cannot be used at all.
-    """
-    experiment_id = initialise(uri, experiment)
-    if experiment_id is None:
-        return None
-    from mlflow.exceptions import MlflowException
-
-    client = open_client(uri)
-    described = valid_tags(tags or {})
-    described |= {"kind": "compare", RUN_UID_TAG: f"compare-{digest([experiment, name])[:32]}"}
-    try:
-        run_id = _comparison_run(Session(client, absolute_uri(uri), experiment_id), name, described)
-        for path in artifacts:
-            client.log_artifact(run_id, str(path))
-        client.set_terminated(run_id, "FINISHED")
-        client.set_experiment_tag(experiment_id, "mlflow.note.content", " ".join(note_first_line.split()))
-    except (MlflowException, OSError) as error:
-        logger.warning("the comparison is not in MLflow at %s: %s", public_uri(uri), one_line(error))
-        return None
-    return run_id
-
-
-def _comparison_run(session: Session, name: str, tags: dict[str, str]) -> str:
-    found = find_run(session, tags[RUN_UID_TAG])
-    if found is None:
-        found = session.client.create_run(session.experiment_id, tags=tags, run_name=name[:MAX_NAME])
-    for key, value in tags.items() - found.data.tags.items():
-        session.client.set_tag(found.info.run_id, key, value)
-    return str(found.info.run_id)
 
 
 def _replay(folder: RunFolder, session: Session) -> SyncResult:

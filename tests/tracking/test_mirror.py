@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crate_ray.runs import Lease, RecordWriter
-from crate_ray.tracking import Mirror, initialise, log_comparison, sync
+from crate_ray.tracking import Mirror, initialise, sync
 from crate_ray.tracking.server import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's own, with a newer SQLAlchemy
@@ -131,25 +131,3 @@ def test_an_unreachable_server_is_a_warning_when_a_run_starts(
     with caplog.at_level(logging.WARNING, logger="crate_ray"):
         assert initialise(dead_server, experiment) is None
     assert "tracking sync" in caplog.text
-
-
-def test_a_comparison_is_one_run_however_often_it_is_made_and_its_conclusion_is_the_note(
-    uri: str, client: Any, experiment: str, tmp_path: Any
-) -> None:
-    report = tmp_path / "report.md"
-    for text in ("first", "second"):
-        report.write_text(text)
-        run_id = log_comparison(
-            uri,
-            experiment,
-            name="crate's against mae",
-            artifacts=[report],
-            note_first_line=f"the {text}\nconclusion",
-            tags={"stage": "confirm"},
-        )
-    found = client.get_experiment_by_name(experiment)
-    assert [run.info.run_id for run in client.search_runs([found.experiment_id])] == [run_id]
-    run = client.get_run(run_id)
-    assert (run.data.tags["kind"], run.data.tags["stage"], run.info.status) == ("compare", "confirm", "FINISHED")
-    assert found.tags["mlflow.note.content"] == "the second conclusion"
-    assert (tmp_path / client.download_artifacts(run_id, "report.md", str(tmp_path))).read_text() == "second"

@@ -1,0 +1,158 @@
+"""What `crate-ray compare` reads: run folders, folders of runs, sweeps or MLflow experiments, all as rows.
+
+In: what the user named. Out: rows, why the rest has none, and where the report and its mirror belong. A name is a folder where
+there is one, else an experiment. Only small files are read here; what a verdict needs beyond the rows, the answers of the
+probes, is read from the folders of the runs.
+"""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crate_ray import storage
+from crate_ray.config import ConfigError
+from crate_ray.runs import RunFolder, list_runs
+from crate_ray.runs.rows import RunRow, Split, read_run_rows
+
+_READERS = 16
+_REPORT = "comparison"
+_DATABASE = "mlflow.db"
+_DEFAULT_ROOT = "out"
+_EXPERIMENT = "crate-mae/default"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store, and the experiment in it that a report is logged to."""
+
+    uri: str
+    experiment: str
+
+    def how_to_open(self) -> str | None:
+        """The command that serves a database; None for a server, which serves itself."""
+        from crate_ray.tracking.client import database_path
+
+        path = database_path(self.uri)
+        return None if path is None else f"crate-ray tracking ui {path.parent}"
+
+
+@dataclass
+class Material:
+    """What was found under the names that the user gave.
+
+    Attributes:
+        name: Of the comparison.
+        rows: Of all runs, each once.
+        unread: Why something has no row, by its name.
+        out: Folder for the report, unless the user names one.
+        store: Where the report is logged to; None where the runs are in no store.
+    """
+
+    name: str
+    out: Path
+    rows: list[RunRow] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    store: Store | None = None
+
+    @property
+    def sweep_uid(self) -> str | None:
+        """run_uid of the one sweep that all runs are trials of."""
+        sweeps = {row.sweep for row in self.rows}
+        return sweeps.pop() if len(sweeps) == 1 else None
+
+
+def gather(what: Sequence[str], *, split: Split, uri: str | None, experiment: str | None) -> Material:
+    """Reads everything that was named.
+
+    Args:
+        what: Folders or experiments.
+        split: Whose judgement the rows hold.
+        uri: Tracking store; None for that of the runs.
+        experiment: Experiment to log to; None for that of the runs.
+
+    Raises:
+        ConfigError: Something named is neither a folder of runs nor an experiment, or the store does not answer.
+    """
+    parts = [_of_folder(item, split) if storage.exists(item) else _of_experiment(item, split, uri) for item in what]
+    material = Material(" + ".join(dict.fromkeys(part.name for part in parts)), parts[0].out)
+    rows = {row.run_uid: row for part in reversed(parts) for row in reversed(part.rows)}
+    material.rows = list(rows.values())[::-1]
+    for part in parts:
+        material.unread |= part.unread
+    material.store = _store(parts, uri, experiment)
+    return material
+
+
+def read_answers(rows: Sequence[RunRow], split: Split) -> dict[str, dict[str, Any]]:
+    """What the probes of runs answered on each source image, by run_uid; of runs whose folder can be read at once.
+
+    Screening trials enter no difference, so theirs are not read.
+    """
+    wanted = [row for row in rows if row.is_complete and row.judged_split == split and row.stage != "screen"]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda row: _answers(row, split), wanted)
+        return {row.run_uid: body for row, body in zip(wanted, found, strict=True) if body is not None}
+
+
+def _answers(row: RunRow, split: Split) -> dict[str, Any] | None:
+    try:
+        with storage.retry_deadline(0):
+            return RunFolder(row.uri).read_json(f"answers_{split}.json")
+    except (OSError, ConfigError):  # of another machine, or of a bucket that this one may not read
+        return None
+
+
+def _of_folder(item: str, split: Split) -> Material:
+    folder = RunFolder(item)
+    is_run = folder.exists()
+    folders = [folder] if is_run else list_runs(item)
+    if not folders:
+        raise ConfigError(f"no runs in '{item}'; give a run folder, the folder above some (storage.path), or that of a sweep")
+    read = read_run_rows(folders, split=split)
+    return Material(folder.name, _beside(folder, is_run=is_run), list(read.rows), dict(read.unread), _store_of(folder, folders))
+
+
+def _beside(folder: RunFolder, *, is_run: bool) -> Path:
+    """`comparison/` in a folder of runs or beside a run; what lies in an object store is compared into the current folder."""
+    if not folder.is_local:
+        return Path(_REPORT) / folder.name
+    path = storage.local_path(folder.uri)
+    return Path(path.parent if is_run else path) / _REPORT
+
+
+def _store_of(folder: RunFolder, runs: Sequence[RunFolder]) -> Store | None:
+    """Store and experiment of the runs, as the first one says: a server, or a database that lies above them."""
+    config = runs[0].read_config()
+    uri = config.tracking.uri
+    if uri is None and folder.is_local:
+        path = storage.local_path(folder.uri)
+        held = next((place / _DATABASE for place in (path, *path.parents[:3]) if (place / _DATABASE).is_file()), None)
+        uri = None if held is None else f"sqlite:///{held.resolve()}"
+    return None if uri is None else Store(uri, config.tracking.experiment)
+
+
+def _of_experiment(item: str, split: Split, uri: str | None) -> Material:
+    from crate_ray.tracking import default_uri, rows_of_experiment
+    from crate_ray.tracking.client import database_path
+
+    if "://" in item or item.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"'{item}' does not exist; give a run folder, a folder of runs or of a sweep, or an experiment")
+    store = uri or default_uri(_DEFAULT_ROOT)
+    try:
+        found = rows_of_experiment(store, item, split=split)
+    except ConfigError as error:
+        raise ConfigError(f"'{item}' is no folder, and as an experiment: {error}") from None
+    path, slug = database_path(store), re.sub(r"[^\w.-]+", "-", item)
+    out = Path(_REPORT) / slug if path is None else path.parent / _REPORT / slug
+    return Material(item, out, found.rows, dict(found.unread), Store(store, item))
+
+
+def _store(parts: Sequence[Material], uri: str | None, experiment: str | None) -> Store | None:
+    """As asked for, else that of the first part that has one."""
+    found = next((part.store for part in parts if part.store is not None), None)
+    if uri is None:
+        return None if found is None else Store(found.uri, experiment or found.experiment)
+    return Store(uri, experiment or (found.experiment if found is not None else _EXPERIMENT))
