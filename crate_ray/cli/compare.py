@@ -16,14 +16,13 @@ from crate_ray.cli.arguments import Json
 from crate_ray.cli.compare_screen import as_document, print_comparison
 from crate_ray.cli.compare_sources import Material, gather, read_answers
 from crate_ray.cli.output import print_json
+from crate_ray.cli.progress import plural
 from crate_ray.config import ConfigError
 
 if TYPE_CHECKING:
     from crate_ray.analysis.comparison.result import Comparison
     from crate_ray.runs.rows import RunRow, Split
     from crate_ray.tracking import LoggedComparison
-
-_NAMES = 6
 
 
 def compare(
@@ -132,15 +131,30 @@ def _check_judged(material: Material, unjudged: "Sequence[RunRow]", metric: str,
     compared = [row for row in material.rows if row.is_complete and row.kind != "control" and row.stage != "screen"]
     if not unjudged or len(unjudged) < len(compared):
         return
-    other = "--validation compares by that split" if split == "test" else "--test compares by that split"
-    raise ConfigError(f"no run of '{material.name}' was judged on {split}: {'; '.join(_advice(unjudged, split))} ({other})")
+    flag = "--validation" if split == "test" else "--test"
+    raise ConfigError(
+        f"no run of '{material.name}' was judged on {split}; `{_probe_command(unjudged, split)}` judges "
+        f"{plural(len(unjudged), 'run')}, and {flag} compares by the other split"
+    )
 
 
 def _advice(unjudged: "Sequence[RunRow]", split: "Split") -> list[str]:
     """Which runs lack a probe, and the command that makes it."""
     if not unjudged:
         return []
-    shown = " ".join(shlex.quote(row.uri) for row in unjudged[:_NAMES])
-    rest = f" ... ({len(unjudged) - _NAMES} more)" if len(unjudged) > _NAMES else ""
-    flag = " --test" if split == "test" else ""
-    return [f"{len(unjudged)} without a probe on {split}: crate-ray probe{flag} {shown}{rest}"]
+    return [f"{plural(len(unjudged), 'run')} without a probe on {split}: {_probe_command(unjudged, split)}"]
+
+
+def _probe_command(rows: "Sequence[RunRow]", split: "Split") -> str:
+    """As a shell takes it: what lies in one folder is named in braces."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        place, _, name = row.uri.rpartition("/")
+        names.setdefault(place, []).append(name)
+    groups = [
+        f"{shlex.quote(place)}/{{{','.join(map(shlex.quote, found))}}}"
+        if len(found) > 1
+        else shlex.quote(f"{place}/{found[0]}")
+        for place, found in names.items()
+    ]
+    return " ".join(["crate-ray probe", *(["--test"] if split == "test" else []), *groups])

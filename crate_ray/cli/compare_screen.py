@@ -38,6 +38,8 @@ def print_comparison(
     print_text(comparison.headline, style="bold")
     console.print()
     _print_lines(comparison.verdicts.items())
+    ratios = [item.sentence for item in comparison.ratios if item.ratio is not None]
+    _print_lines(("ratio", text) for text in ratios if text not in comparison.headline)
     console.print()
     _print_configurations(comparison)
     console.print()
@@ -88,10 +90,10 @@ def _print_configurations(comparison: "Comparison") -> None:
     shown = sorted(comparison.configurations, key=lambda item: not item.is_confirmed)[:SHOWN]
     is_timed = any(item.positions["time"] for item in shown)
     has_control = any(item.control is not None for item in shown)
-    columns = ["", "encoder", "PFLOPs", *(["hours"] if is_timed else []), "seeds", f"{measure.axis} [95%]"]
+    columns = ["", "encoder", "PFLOPs", *(["hours"] if is_timed else []), "seeds", f"{measure.unit or 'value'} [95%]"]
     columns += ["untrained"] if has_control else []
     lines = [_cells(item, comparison.metric, measure, is_timed=is_timed, has_control=has_control) for item in shown]
-    print_table(columns, lines)
+    print_table(columns, lines, title=measure.label)
     if len(shown) < len(comparison.configurations):
         print_text(f"and {len(comparison.configurations) - len(shown)} more configurations in the report", style="dim")
     if comparison.raw_pixels is not None:
@@ -116,7 +118,7 @@ def _excluded(excluded: Mapping[str, str]) -> Iterator[str]:
         names.setdefault(reason, []).append(name)
     for reason, found in sorted(names.items(), key=lambda item: -len(item[1])):
         more = f" and {len(found) - _NAMES} more" if len(found) > _NAMES else ""
-        yield f"{count_text(len(found), 'run')}, {reason}: {', '.join(found[:_NAMES])}{more}"
+        yield f"{reason} ({count_text(len(found), 'run')}: {', '.join(found[:_NAMES])}{more})"
 
 
 def _print_places(report: Path, logged: "LoggedComparison | None", store: "Store | None") -> None:
