@@ -97,14 +97,23 @@ class Study:
         self._progress.__exit__(kind, error, trace)
         self._tracking.__exit__(kind, error, trace)
 
-    def train(self, config: RunConfig, *, profiled: "ProfiledSteps | None" = None) -> "RunOutcome":
+    def train(
+        self,
+        config: RunConfig,
+        *,
+        kind: str = "train",
+        parent_uid: str | None = None,
+        profiled: "ProfiledSteps | None" = None,
+    ) -> "RunOutcome":
         """Trains one run to its end or to a stop, and traces some of its steps where that is asked for."""
         from crate_ray.launch.train import launch_training
 
         study = self.experiment.rsplit("/", 1)[-1]
         outcome = launch_training(
             config,
+            kind=kind,
             study=study,
+            parent_uid=parent_uid,
             on_start=self._started,
             on_poll=self._progress.poll,
             on_stop=say_stopping,

@@ -14,13 +14,11 @@ import ray
 from crate_ray.launch.cluster import capacity, connect
 from crate_ray.launch.indexing import map_on_cluster
 from crate_ray.runs import RunFolder
-from crate_ray.training.probes import ProbeRequest, Split, find_subject, num_images
+from crate_ray.training.probes import CLUSTER_FROM, ProbeRequest, Split, find_subject, num_images
 
 if TYPE_CHECKING:
     from crate_ray.evaluation.intervals import Interval
 
-BLOCKS_FROM = 100_000
-"""Images, of the encoder and its control together, from which every worker encodes a part."""
 _FIX = "give the same command again (blocks that were encoded are kept) on nodes with more memory, or without --workers"
 
 
@@ -47,8 +45,8 @@ def probe_runs(folders: Sequence[RunFolder], request: ProbeRequest, *, workers: 
     Args:
         folders: Of the runs.
         request: What is asked of each.
-        workers: Tasks that encode for one run at a time; None for as many as there is room for, of splits of BLOCKS_FROM images
-            or more, and else for none.
+        workers: Tasks that encode for one run at a time; None for as many as there is room for, from CLUSTER_FROM images
+            on, and else for none.
 
     Returns:
         The reports, in the order of the runs.
@@ -62,7 +60,7 @@ def probe_runs(folders: Sequence[RunFolder], request: ProbeRequest, *, workers: 
     tasks = []
     for subject in subjects:
         gpus = 1 if subject.config.scale.use_gpu and there else 0
-        is_split = workers is not None or num_images(subject) >= BLOCKS_FROM
+        is_split = workers is not None or num_images(subject) >= CLUSTER_FROM
         options = {"num_gpus": 0 if is_split else gpus}
         tasks.append(_judge.options(**options).remote(subject.folder.uri, request, is_split, workers, gpus))
     try:

@@ -21,11 +21,11 @@ from crate_ray.data.workers import TaskMap
 from crate_ray.evaluation.features import raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval
 from crate_ray.evaluation.probes import Rows, raw_pixel_probe, require_scikit_learn
-from crate_ray.evaluation.protocols import CLASSIFIER, HOUSE, PROTOCOLS, Protocol
+from crate_ray.evaluation.protocols import CLASSIFIER, FINE_TUNE, HOUSE, PROTOCOLS, Protocol
 from crate_ray.runs import RunFolder, later_records, read_status
 from crate_ray.training.checkpoint import Checkpoint, pin_checkpoint, unpin_checkpoint
 from crate_ray.training.ema import weights_file
-from crate_ray.training.evaluate import measure_images, read_images
+from crate_ray.training.evaluate import measure_images, read_images, spread_ids
 from crate_ray.training.final import write_final
 from crate_ray.training.objective import create_objective
 from crate_ray.training.precision import resolve_precision
@@ -34,6 +34,10 @@ from crate_ray.training.probes.measures import MEASURES, Findings, Verdict, hous
 from crate_ray.training.probes.splits import Split, SplitName, split_source, split_url, without_labels
 from crate_ray.training.probes.subjects import ProbeRequest, Subject, find_subject
 
+CLUSTER_FROM = 100_000
+"""Images to encode, of an encoder and its control together, from which it is worth starting Ray and sharing the work."""
+PIXEL_ROWS = 50_000
+"""Training images that the control on raw pixels is fitted on, spread over all where there are more."""
 _PIN = "probe"
 _DEFAULT = ProbeRequest()
 
@@ -58,8 +62,8 @@ def probe_run(folder: RunFolder, request: ProbeRequest = _DEFAULT, *, task_map: 
             installed.
     """
     subject = find_subject(folder, request)
-    _check(subject)
-    held = _held(subject)
+    check_subject(subject)
+    held = held_report(subject)
     with _kept(subject):
         if subject.config.task == "classify":
             return held if CLASSIFIER.name in held["protocols"] else _judge_by_top1(subject, held)
@@ -67,15 +71,15 @@ def probe_run(folder: RunFolder, request: ProbeRequest = _DEFAULT, *, task_map: 
         report = held
         for name in request.protocols:
             if name not in report["protocols"]:
-                report = _add(subject, report, MEASURES[name](subject, reader), PROTOCOLS[name])
+                report = add_findings(subject, report, MEASURES[name](subject, reader), PROTOCOLS[name])
         for per_class in request.few_labels:
             if report.get("few_labels", {}).get(str(per_class)) is None:
-                report = _add(subject, report, more_few_labels(subject, reader, per_class), HOUSE, is_whole=False)
+                report = add_findings(subject, report, more_few_labels(subject, reader, per_class), HOUSE, is_whole=False)
         reader.delete()
     return report
 
 
-def _check(subject: Subject) -> None:
+def check_subject(subject: Subject) -> None:
     """Refuses at once what would fail after minutes of encoding."""
     request = subject.request
     if subject.config.task == "classify":
@@ -100,11 +104,11 @@ def _check(subject: Subject) -> None:
     require_scikit_learn()
 
 
-def _held(subject: Subject) -> dict[str, Any]:
+def held_report(subject: Subject) -> dict[str, Any]:
     """The report so far; a new one where the last was of other weights, other shards or another release."""
     held = subject.folder.read_json(f"probe_{subject.suffix}.json") or {}
     same = (subject.checkpoint.step, subject.is_ema, subject.data_digest)
-    current = {protocol.name: protocol.version for protocol in (*PROTOCOLS.values(), CLASSIFIER)}
+    current = {protocol.name: protocol.version for protocol in (*PROTOCOLS.values(), CLASSIFIER, FINE_TUNE)}
     if (held.get("step"), held.get("ema"), held.get("data_digest")) == same and "protocols" in held:
         kept = {name: version for name, version in held["protocols"].items() if current.get(name) == version}
         return {**held, "protocols": kept}
@@ -129,13 +133,13 @@ def _kept(subject: Subject) -> Iterator[None]:
 
 
 def _judge_by_top1(subject: Subject, held: dict[str, Any]) -> dict[str, Any]:
-    correct_N = _classifier_correct(subject.config, subject.checkpoint, subject.weights, subject.request.split)
+    correct_N = classifier_correct(subject.config, subject.checkpoint, subject.weights, subject.request.split)
     top1 = accuracy_interval(correct_N, load_index(split_url(subject.config, subject.request.split)).sources)
     found = Findings({"top1": top1.value}, {"top1": triple(top1)}, {"top1": correct_N})
-    return _add(subject, held, found, CLASSIFIER)
+    return add_findings(subject, held, found, CLASSIFIER)
 
 
-def _add(
+def add_findings(
     subject: Subject, report: Mapping[str, Any], found: Findings, protocol: Protocol, *, is_whole: bool = True
 ) -> dict[str, Any]:
     """The report with what a protocol found, written down: answers first, the report, which says that it is done, last."""
@@ -166,9 +170,11 @@ def _record(subject: Subject, values: Mapping[str, float]) -> None:
             writer.write(step, {key.replace("final/", "probe/", 1): value for key, value in values.items()})
         return
     data = "" if subject.request.data is None else f"_{subject.request.data.name}"
-    if subject.request.split == "test" or folder.read_json(f"probe_test{data}.json") is None:
+    tested = (folder.read_json(f"probe_test{data}.json") or {}).get("values", {}) if subject.request.split != "test" else {}
+    final = {key: value for key, value in values.items() if key not in tested}
+    if final:
         with later_records(folder) as writer:
-            write_final(folder, writer, step, values)
+            write_final(folder, writer, step, final)
 
 
 def _write_answers(subject: Subject, found: Findings) -> None:
@@ -186,8 +192,8 @@ def _write_answers(subject: Subject, found: Findings) -> None:
     folder.write_json(name, {**head, "correct": {**kept, **sums}})
 
 
-def _by_source(correct_N: NDArray[np.bool_], place_N: NDArray[np.intp]) -> list[int]:
-    return np.bincount(place_N, weights=correct_N).astype(int).tolist()  # type: ignore[no-any-return]
+def _by_source(correct_N: NDArray[Any], place_N: NDArray[np.intp]) -> list[float]:
+    return [int(total) if total.is_integer() else float(total) for total in np.bincount(place_N, weights=correct_N)]
 
 
 def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) -> Verdict:
@@ -200,11 +206,12 @@ def judge_encoder(config: RunConfig, checkpoint: Checkpoint, *, split: Split) ->
 
 def judge_classifier(config: RunConfig, checkpoint: Checkpoint, *, split: Split, use_ema: bool | None = None) -> Interval:
     """Top-1 of a checkpoint's classifier on a split; writes nothing."""
-    correct_N = _classifier_correct(config, checkpoint, weights_file(config, checkpoint, use_ema=use_ema), split)
+    correct_N = classifier_correct(config, checkpoint, weights_file(config, checkpoint, use_ema=use_ema), split)
     return accuracy_interval(correct_N, load_index(split_url(config, split)).sources)
 
 
-def _classifier_correct(config: RunConfig, checkpoint: Checkpoint, weights: str, split: Split) -> NDArray[np.bool_]:
+def classifier_correct(config: RunConfig, checkpoint: Checkpoint, weights: str, split: Split) -> NDArray[np.bool_]:
+    """Which images of a split a checkpoint's classifier answers correctly, in the order of the index."""
     folder = RunFolder(checkpoint.uri.rpartition("/checkpoints/")[0])
     model = Subject(folder, config, checkpoint, weights, ProbeRequest(split), is_end=False).build(trained=True)
     objective = create_objective(model, config)
@@ -219,8 +226,10 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
 
     def rows(which: SplitName) -> Rows:
         source = split_source(config, which)
-        pixels, labels = raw_pixels(read_images(config, source))
-        return Rows(pixels, labels, load_source(source).sources)
+        index = load_source(source)
+        ids = spread_ids(index.num_samples, PIXEL_ROWS if which == "train" else None)
+        pixels, labels = raw_pixels(read_images(config, source, sample_ids=ids))
+        return Rows(pixels, labels, index.sources[ids])
 
     return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
 

@@ -31,12 +31,13 @@ class Findings:
     Attributes:
         values: By name, without the `final/` of records.
         body: What the report says besides.
-        correct: Which judged rows were answered correctly, in the order of the index, by the name of the accuracy.
+        correct: Which judged rows were answered correctly, in the order of the index, by the name of the accuracy; of several
+            seeds the share of them that did.
     """
 
     values: Mapping[str, float]
     body: Mapping[str, Any]
-    correct: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    correct: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
