@@ -17,7 +17,8 @@ from crate_ray.analysis.objectives import value_text
 from crate_ray.analysis.statistics import mean_t_interval
 from crate_ray.runs.rows import RunRow
 
-_CONTROL = "control_top1"
+_CONTROLS = {"probe_top1": "control_top1"}
+"""What the control of a metric is called, where it is not called after it."""
 _LABEL_KEYS = {
     "mask_ratio": "mask",
     "ista_step_size": "step",
@@ -30,6 +31,10 @@ _LABEL_KEYS = {
     "precision": "",
     "dataset": "",
 }
+
+
+Judge = tuple[str | None, str | None]
+"""Split and protocol."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,12 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     candidates = [row for row in usable if row.run_uid not in reasons]
     reasons |= _unlucky(candidates, metric)
     candidates = [row for row in candidates if row.run_uid not in reasons]
-    split, protocol = _judge_of(candidates)
-    reasons |= _judged_otherwise(candidates, split, protocol)
+    judge = _judge_of(candidates, metric)
+    reasons |= _judged_otherwise(candidates, metric, judge)
     reasons |= _twice([row for row in candidates if row.run_uid not in reasons], names)
     kept = [row for row in candidates if row.run_uid not in reasons]
     configurations = _configurations(kept, unique, reasons, metric)
-    return Sorted(configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, split)
+    return Sorted(configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, judge[0])
 
 
 def _order(row: RunRow) -> tuple[str, str, int, str]:
@@ -121,19 +126,20 @@ def _unlucky(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
     }
 
 
-def _judge_of(rows: Sequence[RunRow]) -> tuple[str | None, int | None]:
+def _judge_of(rows: Sequence[RunRow], metric: str) -> Judge:
     """How most of the rows were judged; test before validation and the newer protocol, where as many."""
-    counts = Counter((row.judged_split, row.probe_protocol) for row in rows)
-    return max(counts, key=lambda key: (counts[key], str(key[0]) == "test", key[1] or 0), default=(None, None))
+    counts = Counter(row.judge_of(metric) for row in rows)
+    return max(counts, key=lambda judge: (counts[judge], judge[0] == "test", judge[1] or ""), default=(None, None))
 
 
-def _judged_otherwise(rows: Sequence[RunRow], split: str | None, protocol: int | None) -> dict[str, str]:
+def _judged_otherwise(rows: Sequence[RunRow], metric: str, judge: Judge) -> dict[str, str]:
     found = {}
     for row in rows:
-        if row.judged_split != split:
-            found[row.run_uid] = f"judged on {row.judged_split or 'nothing'}, and the comparison is on {split or 'nothing'}"
-        elif row.probe_protocol != protocol:
-            found[row.run_uid] = f"judged by probe protocol {row.probe_protocol}, and the comparison by {protocol}"
+        split, protocol = row.judge_of(metric)
+        if split != judge[0]:
+            found[row.run_uid] = f"judged on {split or 'nothing'}, and the comparison is on {judge[0] or 'nothing'}"
+        elif protocol != judge[1]:
+            found[row.run_uid] = f"judged by protocol {protocol}, and the comparison by {judge[1]}"
     return found
 
 
@@ -181,7 +187,7 @@ def _missing(
 
 def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: str) -> Configuration:
     row = group[0]
-    controls = [item.values[_CONTROL] for item in group if math.isfinite(item.values.get(_CONTROL, math.nan))]
+    controls = [value for item in group if (value := control_of(item, metric)) is not None]
     unlabelled = Configuration(
         key=row.configuration,
         label="",
@@ -191,13 +197,20 @@ def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: 
         rows=tuple(group),
         missing=missing,
         metric=mean_t_interval([item.values[metric] for item in group]),
-        control=fmean(controls) if controls and metric == "probe_top1" else None,
+        control=fmean(controls) if controls else None,
         positions={},
         params_total=row.params_total,
         is_confirmed=all(item.stage != "screen" for item in group),
         tuning_trials=row.tuning_trials,
     )
     return replace(unlabelled, positions=_positions(unlabelled))
+
+
+def control_of(row: RunRow, metric: str) -> float | None:
+    """The metric of the same encoder untrained, by the same protocol; None where it was not measured."""
+    name = _CONTROLS.get(metric, f"control_{metric}")
+    value = row.intervals[name].value if name in row.intervals else row.values.get(name, math.nan)
+    return value if math.isfinite(value) else None
 
 
 def _positions(item: Configuration) -> dict[Axis, float | None]:

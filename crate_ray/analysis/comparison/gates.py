@@ -28,8 +28,9 @@ def compare_digest(row: RunRow) -> str:
 def parts_of(item: Configuration, metric: str) -> dict[str, Any]:
     """What two configurations must share: the compare parts, how they were judged and, of a loss, its question."""
     row = item.rows[0]
+    split, protocol = row.judge_of(metric)
     target = {f"loss_target.{key}": value for key, value in row.loss_target.items()} if is_loss(metric) else {}
-    return {**row.compare, "judged_split": row.judged_split, "probe_protocol": row.probe_protocol, **target}
+    return {**row.compare, "judged_split": split, "protocol": protocol, **target}
 
 
 def is_loss(metric: str) -> bool:

@@ -36,9 +36,9 @@ def sensitivities(configurations: Sequence[Configuration], screening: Sequence[R
 
 def _one_protocol(rows: Sequence[RunRow]) -> list[RunRow]:
     """The largest group of rows that may stand beside each other."""
-    groups: dict[tuple[str, str | None, int | None], list[RunRow]] = {}
+    groups: dict[tuple[str, str | None, str | None], list[RunRow]] = {}
     for row in rows:
-        groups.setdefault((compare_digest(row), row.judged_split, row.probe_protocol), []).append(row)
+        groups.setdefault((compare_digest(row), *row.judge_of(_REFERENCE)), []).append(row)
     return max(groups.values(), key=len, default=[])
 
 

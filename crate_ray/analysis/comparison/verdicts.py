@@ -124,18 +124,21 @@ def _line(item: Configuration, measure: Measure) -> str:
 
 
 def _controls(configurations: Sequence[Configuration]) -> list[str]:
-    known = [item for item in configurations if item.control is not None]
-    if not known:
+    judged = {item.label: beats_control(item) for item in configurations}
+    if None in judged.values():
         return []
-    failed = [item.label for item in known if not beats_control(item)]
+    failed = [label for label, beats in judged.items() if not beats]
     if failed:
         return [f"Not shown to beat its own untrained control: {', '.join(failed)}."]
     return ["Each beats its own untrained control."]
 
 
-def beats_control(item: Configuration) -> bool:
-    """Whether the interval of the metric lies above the untrained control: over seeds, or of one seed's gain over images."""
+def beats_control(item: Configuration) -> bool | None:
+    """Whether it is shown to beat the untrained control: by the interval over seeds, or a single seed's gain over images.
+
+    None where that was not measured.
+    """
     if len(item.rows) == 1:
         gain = item.rows[0].intervals.get("gain")
-        return gain is not None and gain.low > 0
-    return item.control is not None and item.metric.low > item.control
+        return None if gain is None else gain.low > 0
+    return None if item.control is None else item.metric.low > item.control
