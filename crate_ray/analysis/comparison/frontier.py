@@ -196,18 +196,18 @@ def _place_of(anchor: SizePoint, front: Sequence[SizePoint]) -> Estimate | None:
     """The place at which the front reaches the anchor's mean, with its interval; None where it does not, or without pairs."""
     best, lows, highs = None, [], []
     for below, above in pairwise(front):
-        allowed = _allowed_shares(anchor, below, above)
-        if above.x == below.x or allowed is None:
+        shares = _allowed_shares(anchor, below, above)
+        if above.x == below.x or shares is None:
             continue
-        if allowed:
-            lows.append(1 / ((1 - allowed[0]) / below.x + allowed[0] / above.x))
-            highs.append(_along_log(below, above, allowed[1]))
         share = (anchor.mean - below.mean) / (above.mean - below.mean)
         if best is None and 0 <= share <= 1:
             best = _along_log(below, above, share)
+            shares.append(share)
+        lows += [1 / ((1 - share) / below.x + share / above.x) for share in shares]
+        highs += [_along_log(below, above, share) for share in shares]
     if best is None:
         return None
-    low, high = min([best, *lows]), max([best, *highs])
+    low, high = min(lows), max(highs)
     return Estimate(best, low if low > front[0].x else 0.0, high if high < front[-1].x else math.inf)
 
 
@@ -215,8 +215,8 @@ def _along_log(below: SizePoint, above: SizePoint, share: float) -> float:
     return float(below.x ** (1 - share) * above.x**share)
 
 
-def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> tuple[float, ...] | None:
-    """First and last share of the way between two neighbours at which a paired t test finds their line equal to the anchor.
+def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> list[float] | None:
+    """Ends of the shares of the way between two neighbours at which a paired t test finds their line equal to the anchor.
 
     With d_s(t) = (1 - t) below_s + t above_s - anchor_s over n seeds, the test accepts where n mean(d)^2 <= q^2 var(d), a
     quadratic inequality in t (Fieller). Empty where it accepts none; None with fewer than two seeds that all three have.
@@ -234,10 +234,10 @@ def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> tu
         float(2 * (gap.mean() * rise.mean() - square * spread[0, 1])),
         float(rise.mean() ** 2 - square * spread[1, 1]),
     )
-    ends = [share for share in (0.0, 1.0) if constant + linear * share + quadratic * share**2 <= 0]
-    roots = np.roots([quadratic, linear, constant])
-    ends += [float(root.real) for root in roots if np.isreal(root) and 0 <= root.real <= 1]
-    return (min(ends), max(ends)) if ends else ()
+    roots = [float(root.real) for root in np.roots([quadratic, linear, constant]) if np.isreal(root)]
+    return [share for share in (0.0, 1.0) if constant + linear * share + quadratic * share**2 <= 0] + [
+        root for root in roots if 0 <= root <= 1
+    ]
 
 
 @functools.cache

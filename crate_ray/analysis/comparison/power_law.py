@@ -3,8 +3,7 @@
 In: the place of each size and its values over seeds. Out: y = a - b x^-c with 95% profile intervals of a, b, c and of y at any
 x. The law bends little over the sizes that anyone can afford, so a, b and c are nearly exchangeable and intervals from a local
 slope are far too narrow. At a given c, though, the law is linear in the other two. So the fit is a search over c alone, and the
-interval of anything linear is the union, over every c that the residuals allow, of its exact interval at that c. The noise of
-all sizes is taken as equal.
+interval of anything linear is the union, over every c that the residuals allow, of its t interval at that c.
 
 With l = log x and l0 its mean, the law is fitted as y = level + slope phi(l), phi(l) = (1 - exp(-c (l - l0))) / c, which tends
 to a straight line over l as c goes to 0; a = level + slope / c and b = slope exp(c l0) / c.
@@ -12,6 +11,7 @@ to a straight line over l as c goes to 0; a = level + slope / c and b = slope ex
 Shapes: K sizes, C exponents, X places.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +23,13 @@ from crate_ray.runs.rows import Estimate
 Array = NDArray[np.float64]
 
 _BENDS = (0.05, 20.0)
-"""c times the log of the range of x: from a straight line to a law that is flat after a tenth of the range."""
-_COARSE, _ZOOM, _ZOOMS = 241, 41, 3
-_EXACT = 1e-12
-"""A misfit below this share of the sum of squares is rounding."""
+"""c times the log of the range of x: from a straight line to a law that is flat after a twentieth of the range."""
+_COARSE, _ZOOM, _ZOOMS = 161, 21, 4
+_BORROWED_DOF = 2
+"""Each size has a variance of its own, to which that around the law adds as so many values. Without it three seeds say too
+little of their spread, and with one variance for all the interval at the noisier end of the sizes is too narrow."""
+_EXACT = 1e-9
+"""A misfit below this share of the sum of squares is what the search leaves."""
 
 
 @dataclass(frozen=True)
@@ -35,83 +38,79 @@ class PowerLaw:
 
     Attributes:
         exponent_C: Exponents tried, rising.
-        excess_C: Residual sum of squares above the least one.
-        level_C: Best level at each exponent.
-        slope_C: Best slope.
-        covariance_C: Of level and slope, in units of the variance of a value: their variances and their covariance, (C, 3).
+        excess_C: Residual sum of squares above the least one, over the variance of a value around the law.
+        level_CK: Weight of each size's mean in the best level at each exponent.
+        slope_CK: The same of the best slope.
+        mean_K: Means over seeds.
+        error_K: Variance of each mean.
+        error_dof_K: Its degrees of freedom.
         center: l0.
-        allowed: Largest excess inside a 95% interval: F(1, values - 3) times the variance of one value around the law.
+        dof: Values minus 3.
         misfit_p: p value of the lack of fit; near 0, the sizes do not lie on such a law.
-        spread_p: p value of Bartlett's test; near 0, the sizes do not share one variance, and the intervals do not hold.
+        spread_p: p value of Bartlett's test; near 0, the seeds of some sizes vary more than those of others, and where they
+            vary most, the intervals are too narrow.
     """
 
     exponent_C: Array
     excess_C: Array
-    level_C: Array
-    slope_C: Array
-    covariance_C: Array
+    level_CK: Array
+    slope_CK: Array
+    mean_K: Array
+    error_K: Array
+    error_dof_K: Array
     center: float
-    allowed: float
+    dof: int
     misfit_p: float
     spread_p: float
 
     def at(self, log_x_X: Array) -> tuple[Array, Array, Array]:
         """Value of the law at places, with the ends of its 95% interval there; three (X,) arrays."""
-        value_CX, unit_CX = self._surface(log_x_X)
-        return self._profile(value_CX, unit_CX)
-
-    def _surface(self, log_x_X: Array) -> tuple[Array, Array]:
-        """Value of the law at places for each exponent, and its unit variance; two (C, X) arrays."""
         phi_CX = _bend(self.exponent_C[:, None], log_x_X[None, :] - self.center)
-        level_var_C1, slope_var_C1, both_C1 = np.split(self.covariance_C, 3, axis=1)
-        value_CX = self.level_C[:, None] + self.slope_C[:, None] * phi_CX
-        return value_CX, level_var_C1 + 2 * phi_CX * both_C1 + phi_CX**2 * slope_var_C1
+        value_CX, half_CX = self._intervals(self.level_CK[:, None, :] + phi_CX[:, :, None] * self.slope_CK[:, None, :])
+        return value_CX[self._best], np.nanmin(value_CX - half_CX, axis=0), np.nanmax(value_CX + half_CX, axis=0)
 
     def parameters(self, *, is_rising: bool = True) -> dict[str, Estimate]:
         """Asymptote a, scale b and exponent c of y = a - b x^-c, or of y = a + b x^-c; an open end is infinite."""
         c_C = self.exponent_C
         with np.errstate(over="ignore"):
             scale_C = (1 if is_rising else -1) * np.exp(c_C * self.center) / c_C
-            b = self._linear(np.zeros_like(c_C), scale_C)
-        return {"asymptote": self._linear(np.ones_like(c_C), 1 / c_C), "scale": b, "exponent": self._exponent()}
+            scale = self._union(self.slope_CK, scale_C)
+        asymptote = self._union(self.level_CK + self.slope_CK / c_C[:, None], np.ones_like(c_C))
+        return {"asymptote": asymptote, "scale": scale, "exponent": self._exponent()}
 
-    def _linear(self, of_level_C: Array, of_slope_C: Array) -> Estimate:
-        """of_level level + of_slope slope; where every straight line is allowed, it may be as large as one likes."""
-        value_C = of_level_C * self.level_C + of_slope_C * self.slope_C
-        level_var_C, slope_var_C, both_C = self.covariance_C.T
-        unit_C = of_level_C**2 * level_var_C + 2 * of_level_C * of_slope_C * both_C + of_slope_C**2 * slope_var_C
-        value, low, high = (float(end[0]) for end in self._profile(value_C[:, None], unit_C[:, None]))
-        if self.excess_C[0] <= self.allowed:
-            half = np.sqrt(slope_var_C[0] * (self.allowed - self.excess_C[0]))
-            low = -np.inf if self.slope_C[0] - half < 0 else low
-            high = np.inf if self.slope_C[0] + half > 0 else high
-        return Estimate(value, float(low), float(high))
+    @property
+    def _best(self) -> int:
+        return int(self.excess_C.argmin())
 
-    def _profile(self, value_CX: Array, unit_CX: Array) -> tuple[Array, Array, Array]:
-        """Best value, and the union over the exponents of its intervals at each."""
-        room_C = self.allowed - self.excess_C
-        is_in = room_C >= 0
-        half_CX = np.sqrt(np.maximum(unit_CX[is_in], 0) * room_C[is_in, None])
-        low_X, high_X = (value_CX[is_in] - half_CX).min(axis=0), (value_CX[is_in] + half_CX).max(axis=0)
-        return value_CX[int(self.excess_C.argmin())], low_X, high_X
+    def _union(self, weight_CK: Array, times_C: Array) -> Estimate:
+        """Interval of times x (weight @ means); while any straight line is allowed, a and b have no bound on that side."""
+        value_C, half_C = (found[:, 0] for found in self._intervals(weight_CK[:, None, :]))
+        ends_2C = times_C * np.stack([value_C - half_C, value_C + half_C])
+        low, high = float(np.nanmin(ends_2C)), float(np.nanmax(ends_2C))
+        if not np.isnan(half_C[0]):
+            low, high = (-math.inf if ends_2C[:, 0].min() < 0 else low), (math.inf if ends_2C[:, 0].max() > 0 else high)
+        return Estimate(float(times_C[self._best] * value_C[self._best]), low, high)
+
+    def _intervals(self, weight_CXK: Array) -> tuple[Array, Array]:
+        """Value of weights @ means and half its interval at each exponent, NaN where that is not allowed; two (C, X) arrays."""
+        variance_CX = np.square(weight_CXK) @ self.error_K
+        fourth_X = np.square(np.square(weight_CXK[self._best])) @ (np.square(self.error_K) / self.error_dof_K)
+        with np.errstate(invalid="ignore"):
+            dof_X = np.where(fourth_X > 0, np.square(variance_CX[self._best]) / fourth_X, self.dof)  # Satterthwaite
+        room_CX = _t_square(dof_X)[None, :] - self.excess_C[:, None]
+        half_CX = np.sqrt(np.where(room_CX >= 0, variance_CX * room_CX, np.nan))
+        return weight_CXK @ self.mean_K, half_CX
 
     def _exponent(self) -> Estimate:
-        low, high = crossings(np.log(self.exponent_C), self.excess_C - self.allowed)
-        is_in = self.excess_C <= self.allowed
-        best = float(self.exponent_C[int(self.excess_C.argmin())])
-        return Estimate(best, 0.0 if is_in[0] else float(np.exp(low)), np.inf if is_in[-1] else float(np.exp(high)))
-
-
-def crossings(place_X: Array, over_X: Array) -> tuple[float, float]:
-    """First and last place where a function sampled at rising places is at most 0, the ends interpolated."""
-    inside = np.flatnonzero(over_X <= 0)
-    first, last = int(inside[0]), int(inside[-1])
-    low, high = float(place_X[first]), float(place_X[last])
-    if first > 0:
-        low = float(np.interp(0, over_X[[first, first - 1]], place_X[[first, first - 1]]))
-    if last + 1 < len(place_X):
-        high = float(np.interp(0, over_X[[last, last + 1]], place_X[[last, last + 1]]))
-    return low, high
+        over_C = self.excess_C - _t_square(np.array([self.dof]))
+        inside = np.flatnonzero(over_C <= 0)
+        first, last = int(inside[0]), int(inside[-1])
+        low, high = 0.0, math.inf
+        if first > 0:
+            low = float(np.interp(0, over_C[[first, first - 1]], self.exponent_C[[first, first - 1]]))
+        if last + 1 < len(over_C):
+            high = float(np.interp(0, over_C[[last, last + 1]], self.exponent_C[[last, last + 1]]))
+        return Estimate(float(self.exponent_C[self._best]), low, high)
 
 
 def fit_power_law(x: Sequence[float], values: Sequence[Sequence[float]]) -> PowerLaw:
@@ -121,61 +120,51 @@ def fit_power_law(x: Sequence[float], values: Sequence[Sequence[float]]) -> Powe
         x: Place of each size, above 0 and not all the same.
         values: Those of each size, one a seed; at least four sizes, of two seeds each.
     """
-    from scipy import stats
-
     log_x_K = np.log(np.asarray(x, dtype=np.float64))
+    center = float(log_x_K.mean())
     count_K = np.array([len(of_size) for of_size in values], dtype=np.float64)
     mean_K = np.array([np.mean(of_size) for of_size in values])
-    within = float(sum(np.square(np.asarray(of_size) - np.mean(of_size)).sum() for of_size in values))
-    center = float(log_x_K.mean())
-    solve = _Lines(log_x_K - center, mean_K, count_K)
+    squares_K = np.array([np.square(np.asarray(of_size) - np.mean(of_size)).sum() for of_size in values])
+
+    def misfits(exponent_C: Array) -> Array:
+        level_CK, slope_CK = _line_weights(exponent_C, log_x_K - center, count_K)
+        phi_CK = _bend(exponent_C[:, None], log_x_K[None, :] - center)
+        fitted_CK = (level_CK @ mean_K)[:, None] + (slope_CK @ mean_K)[:, None] * phi_CK
+        return np.asarray(np.square(mean_K - fitted_CK) @ count_K)
+
     exponent_C = np.geomspace(*_BENDS, _COARSE) / np.ptp(log_x_K)
     for _ in range(_ZOOMS):  # around the best one, so that it is exact
-        best = int(solve(exponent_C)[0].argmin())
+        best = int(misfits(exponent_C).argmin())
         near = exponent_C[[max(best - 1, 0), min(best + 1, len(exponent_C) - 1)]]
         exponent_C = np.union1d(exponent_C, np.geomspace(near[0], near[1], _ZOOM))
-    misfit_C, level_C, slope_C, covariance_C = solve(exponent_C)
-    misfit = float(misfit_C.min())
+    misfit_C = misfits(exponent_C)
+    level_CK, slope_CK = _line_weights(exponent_C, log_x_K - center, count_K)
     dof = int(count_K.sum()) - 3
+    variance = max((float(misfit_C.min()) + squares_K.sum()) / dof, np.finfo(np.float64).tiny)
+    error_dof_K = count_K - 1 + _BORROWED_DOF
     return PowerLaw(
         exponent_C=exponent_C,
-        excess_C=misfit_C - misfit,
-        level_C=level_C,
-        slope_C=slope_C,
-        covariance_C=covariance_C,
+        excess_C=(misfit_C - misfit_C.min()) / variance,
+        level_CK=level_CK,
+        slope_CK=slope_CK,
+        mean_K=mean_K,
+        error_K=(squares_K + _BORROWED_DOF * variance) / error_dof_K / count_K,
+        error_dof_K=error_dof_K,
         center=center,
-        allowed=float(stats.f.ppf(0.95, 1, dof)) * (misfit + within) / dof,
-        misfit_p=_misfit_p(misfit, len(mean_K) - 3, within, int(count_K.sum()) - len(mean_K), total=solve.total),
+        dof=dof,
+        misfit_p=_misfit_p(float(misfit_C.min()), mean_K, count_K, float(squares_K.sum())),
         spread_p=_spread_p(values),
     )
 
 
-class _Lines:
-    """Weighted lines over phi, one for each exponent.
-
-    Args:
-        offset_K: l - l0 of each size.
-        mean_K: Mean over its seeds.
-        count_K: Number of its seeds.
-    """
-
-    def __init__(self, offset_K: Array, mean_K: Array, count_K: Array) -> None:
-        self._offset_K, self._mean_K, self._count_K = offset_K, mean_K, count_K
-        self._grand = float(count_K @ mean_K / count_K.sum())
-        self.total = float(count_K @ np.square(mean_K - self._grand))
-
-    def __call__(self, exponent_C: Array) -> tuple[Array, Array, Array, Array]:
-        """Sum of squares between means and line, level, slope, and their unit covariance, for each exponent."""
-        phi_CK = _bend(exponent_C[:, None], self._offset_K[None, :])
-        num_values = self._count_K.sum()
-        phi_mean_C = phi_CK @ self._count_K / num_values
-        phi_CK = phi_CK - phi_mean_C[:, None]
-        square_C = np.square(phi_CK) @ self._count_K
-        slope_C = phi_CK @ (self._count_K * (self._mean_K - self._grand)) / square_C
-        misfit_C = np.square(self._mean_K - self._grand - slope_C[:, None] * phi_CK) @ self._count_K
-        slope_var_C = 1 / square_C
-        covariance_C = np.stack([1 / num_values + phi_mean_C**2 * slope_var_C, slope_var_C, -phi_mean_C * slope_var_C], axis=1)
-        return misfit_C, self._grand - slope_C * phi_mean_C, slope_C, covariance_C
+def _line_weights(exponent_C: Array, offset_K: Array, count_K: Array) -> tuple[Array, Array]:
+    """Weights of the means in level and slope of a weighted line over phi, for each exponent; two (C, K) arrays."""
+    phi_CK = _bend(exponent_C[:, None], offset_K[None, :])
+    share_K = count_K / count_K.sum()
+    phi_mean_C1 = (phi_CK @ share_K)[:, None]
+    spread_CK = phi_CK - phi_mean_C1
+    slope_CK = spread_CK * share_K / (np.square(spread_CK) @ share_K)[:, None]
+    return share_K - phi_mean_C1 * slope_CK, slope_CK
 
 
 def _bend(exponent: Array, offset: Array) -> Array:
@@ -183,13 +172,21 @@ def _bend(exponent: Array, offset: Array) -> Array:
     return np.asarray(-np.expm1(-exponent * offset) / exponent)
 
 
-def _misfit_p(misfit: float, misfit_dof: int, within: float, within_dof: int, *, total: float) -> float:
+def _t_square(dof_X: Array) -> Array:
+    """Square of the 97.5% quantile."""
+    from scipy import stats
+
+    return np.asarray(np.square(stats.t.ppf(0.975, dof_X)))
+
+
+def _misfit_p(misfit: float, mean_K: Array, count_K: Array, within: float) -> float:
     """F test of the means against the law, by the spread inside the sizes."""
     from scipy import stats
 
-    if misfit <= _EXACT * total:
+    if misfit <= _EXACT * float(count_K @ np.square(mean_K - np.average(mean_K, weights=count_K))):
         return 1.0
-    return float(stats.f.sf((misfit / misfit_dof) / (within / within_dof), misfit_dof, within_dof)) if within > 0 else 0.0
+    dof, within_dof = len(mean_K) - 3, float(count_K.sum()) - len(mean_K)
+    return float(stats.f.sf((misfit / dof) / (within / within_dof), dof, within_dof)) if within > 0 else 0.0
 
 
 def _spread_p(values: Sequence[Sequence[float]]) -> float:
