@@ -1,7 +1,8 @@
 """What MLflow shows of a run beside its numbers: its data sets, its machines and its model.
 
-In: datasets.json, system/*.jsonl, checkpoints and final values of a run folder. Out: dataset inputs, metrics under `system/`
-with the names that MLflow's own page of system metrics draws, and a logged model that points at the newest checkpoint.
+In: datasets.json, system/*.jsonl, checkpoints and records of a run folder. Out: dataset inputs, metrics under `system/` with
+the names that MLflow's own page of system metrics draws, a logged model that points at the newest checkpoint, and the
+white-box measures as curves over the layers.
 Everything may be sent again: the server keeps one of each. What a server refuses, because it is older than logged models say,
 costs one warning and holds up no number; a server in trouble is the mirror's to wait for.
 """
@@ -18,6 +19,7 @@ from crate_ray.runs import Record, RecordTail, RunFolder, Status, system_streams
 from crate_ray.runs.settings import dataset_name
 from crate_ray.tracking.client import one_line
 from crate_ray.tracking.describe import Description, to_ms
+from crate_ray.tracking.layers import LayerCurves
 from crate_ray.tracking.limits import log_points, point
 from crate_ray.tracking.logged_model import LoggedRunModel
 
@@ -54,6 +56,8 @@ class RunContent:
         self._inputs: str | None = None  # digest of the data sets that MLflow has
         self._datasets: list[dict[str, Any]] | None = None
         self._model = LoggedRunModel(folder)
+        self._layers = LayerCurves()
+        self._curves: str | None = None  # digest of the curves over layers that MLflow has
         self._refused: set[str] = set()
 
     @property
@@ -64,6 +68,7 @@ class RunContent:
     def see(self, records: Sequence[Record]) -> None:
         """Takes note of the run's own records: a model's metrics must be the very points of its run."""
         self._model.see(records)
+        self._layers.see(records)
 
     def poll(self) -> None:
         """Reads what is new of each node, once what was read before is sent."""
@@ -75,13 +80,14 @@ class RunContent:
 
     def marker(self) -> dict[str, Any]:
         """What was sent, as JSON."""
-        return {"inputs": self._inputs, "system": dict(self._passed), "model": self._model.marker()}
+        sent = {"inputs": self._inputs, "layers": self._curves, "model": self._model.marker()}
+        return {**sent, "system": dict(self._passed)}
 
     def restore(self, marker: object) -> None:
         """Passes over what a former replay has sent to the same MLflow run; anything else than a marker is none."""
         if not isinstance(marker, dict):
             return
-        self._inputs = marker.get("inputs")
+        self._inputs, self._curves = marker.get("inputs"), marker.get("layers")
         self._model.restore(marker.get("model"))
         counts = {stream: int(count) for stream, count in (marker.get("system") or {}).items()}
         seen: dict[str, int] = {}
@@ -94,7 +100,13 @@ class RunContent:
         self._queue = kept
 
     def send(self, client: "MlflowClient", run_id: str, described: Description, status: Status | None) -> None:
-        """Sends what was polled, the data sets once, and of a run that has ended its model.
+        """Sends what was polled, the data sets once, and of a run that has ended its model and its layers.
+
+        Args:
+            client: Of the store.
+            run_id: The MLflow run.
+            described: Of the run.
+            status: The run's, once all its records are sent; before that None.
 
         Raises:
             mlflow.exceptions.MlflowException: The store does not answer.
@@ -104,6 +116,8 @@ class RunContent:
         if status is not None and status.state != "RUNNING":
             datasets = {entry["split"]: entry for entry in self._read_datasets()}
             self._try("the model", lambda: self._model.send(client, run_id, described, datasets))
+        if status is not None and status.state == "FINISHED":  # another may go on, and MLflow takes no point back
+            self._try("curves over layers", lambda: self._send_layers(client, run_id))
 
     def _try(self, what: str, send: Callable[[], None]) -> None:
         """A part that the store does not know is left out from now on; the others go on."""
@@ -137,6 +151,13 @@ class RunContent:
         trained = "classification" if described.tags.get("task") == "classify" else "pretraining"
         client.log_inputs(run_id, datasets=[dataset_input(entry, trained) for entry in entries])
         self._inputs = found
+
+    def _send_layers(self, client: "MlflowClient", run_id: str) -> None:
+        points = self._layers.points()
+        found = digest([(point.key, point.step, repr(point.value)) for point in points])
+        if points and found != self._curves:
+            log_points(client, run_id, points)
+            self._curves = found
 
     def _send_system(self, client: "MlflowClient", run_id: str) -> None:
         while self._queue:
