@@ -52,9 +52,16 @@ def ui(
     uri: Uri = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 5000,
+    allowed_hosts: Annotated[
+        str, typer.Option("--allowed-hosts", help="Names by which others call this machine, with commas between them.")
+    ] = "",
+    artifacts: Annotated[
+        str | None, typer.Option("--artifacts", help="Folder or bucket for files; by default mlartifacts beside the database.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that answer.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Serve MLflow's pages of the runs until Ctrl-C."""
+    """Serve MLflow's pages of the runs, and its interface over HTTP, until Ctrl-C."""
     from crate_ray.tracking import initialise, serve, view_url
 
     store, experiments = _store(root, uri)
@@ -63,7 +70,8 @@ def ui(
     ids = {name: initialise(store, name) for name in experiments}
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it as ignored
-    with serve(store, host, port) as server:
+    names = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
+    with serve(store, host, port, allowed_hosts=names, artifacts=artifacts, workers=workers) as server:
         views = {name: view_url(server.url, found) for name, found in ids.items() if found is not None}
         try:
             _show_links(server.url, store, views, as_json)

@@ -115,4 +115,4 @@ def explain(error: BaseException) -> str:
     text = one_line(error)
     if "Invalid Host header" not in str(error):
         return text
-    return f"{text}; a server answers only to names that it was told: start it with `--allowed-hosts NAME`, see docs/operations.md"
+    return f"{text}; a server answers only to names that it was told: start it with `--allowed-hosts NAME`"
