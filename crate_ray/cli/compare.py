@@ -56,6 +56,7 @@ def compare(
 
     split: Split = "test" if test else "validation"
     material = gather(what, split=split, uri=uri, experiment=experiment)
+    _check_read(material)
     unjudged = [row for row in material.rows if _lacks(row, metric)]
     _check_judged(material, unjudged, metric, split)
     comparison = compare_rows(
@@ -113,6 +114,13 @@ def log_report(comparison: "Comparison", folder: Path, files: "Sequence[str]", m
         parent_uid=material.sweep_uid,
         tags={"metric": comparison.metric, "judged_split": comparison.judged_split or "none"},
     )
+
+
+def _check_read(material: Material) -> None:
+    """Refuses what holds runs none of which can be read, with the reasons."""
+    if material.unread and not material.rows:
+        reasons = "; ".join(sorted(set(material.unread.values())))
+        raise ConfigError(f"none of the {plural(len(material.unread), 'run')} of '{material.name}' can be read: {reasons}")
 
 
 def _lacks(row: "RunRow", metric: str) -> bool:

@@ -1,0 +1,203 @@
+"""`crate-ray compare` from folders and from MLflow: what it says, where it writes, and what it refuses."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_rows import Law, synthetic_row, synthetic_rows, synthetic_screening
+
+from crate_ray.config import RunConfig, fingerprint
+from crate_ray.runs import Lease, NullSink, RunFolder, open_run
+from crate_ray.runs.rows import RunRow
+from crate_ray.tracking import initialise
+from crate_ray.tracking.client import open_client
+from crate_ray.tracking.row_tag import ROW_TAG, pack_rows
+from crate_ray.tracking.server import free_port
+from crate_ray.training.final import write_final, write_result
+
+EXPERIMENT = "crate-mae/study"
+REPORT = {"report.md", "report.html", "comparison.json", "comparison.parquet"}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with an experiment of its own for each test; made once, which takes seconds."""
+    address = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    assert initialise(address, "unused") is not None
+    return address
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Callable[..., RunFolder]:
+    """Makes run folders as training, and a probe unless `top1` is None, leave them."""
+
+    def make(recipe: str, seed: int, *, top1: float | None = 0.9, split: str = "test", state: Any = "FINISHED") -> RunFolder:
+        config = RunConfig.load(recipe, [f"storage.path={tmp_path / 'out'}", f"train.seed={seed}"])
+        folder = open_run(config, fingerprint(config, "0" * 64, "float32"))
+        lease = Lease.take(folder)
+        if state == "FINISHED":
+            measured = {"final/eval_loss": 0.2, "final/images_per_s": 500.0}
+            write_result(config, folder, NullSink(), step=600, train_seconds=60, precision="float32", measured=measured)
+            if top1 is not None:
+                values = {"final/probe_top1": top1, "final/control_top1": 0.7}
+                write_final(folder, NullSink(), 600, values)
+                intervals = {"probe_top1": [top1, top1 - 0.02, top1 + 0.02], "gain": [top1 - 0.7, top1 - 0.73, top1 - 0.67]}
+                folder.write_json(f"probe_{split}.json", {"split": split, "protocol": 1, "values": values, **intervals})
+        lease.end(state)
+        return folder
+
+    return make
+
+
+def put(uri: str, experiment: str, rows: Sequence[RunRow]) -> None:
+    """An experiment as the mirror leaves it."""
+    from mlflow.entities import Metric, RunTag
+
+    experiment_id, client = initialise(uri, experiment), open_client(uri)
+    for row in rows:
+        run = client.create_run(str(experiment_id), run_name=row.name[:18])
+        tags = {"kind": row.kind, "crate_ray.run_uid": row.run_uid, ROW_TAG: pack_rows({"test": row, "validation": row})}
+        metrics = [Metric(f"final/{key}", value, 0, 0) for key, value in row.values.items()]
+        client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def test_runs_in_a_folder_get_a_verdict_for_each_axis_and_a_report_beside_them(invoke, finished, tmp_path) -> None:
+    for seed in range(2):
+        finished("digits_crate_mae", seed, top1=0.84 + seed / 100)
+        finished("digits_mae", seed, top1=0.9 + seed / 100)
+    result = invoke("compare", tmp_path / "out")
+    assert result.code == 0, result.err
+    first_line = result.out.splitlines()[0]
+    assert first_line.startswith("No verdict")
+    for axis in ("params", "flops", "time"):
+        assert f"\n{axis} " in result.out
+    folder = tmp_path / "out" / "comparison"
+    assert {path.name for path in folder.iterdir()} == REPORT | {"figures"}
+    assert str(folder / "report.md") in result.out
+    assert first_line in (folder / "report.md").read_text()
+    assert "not there" in result.out  # no tracking store beside the runs
+
+
+def test_runs_without_a_probe_are_named_with_the_command_that_makes_it(invoke, finished, tmp_path) -> None:
+    for recipe in ("digits_crate_mae", "digits_mae"):
+        finished(recipe, 0)
+    unjudged = finished("digits_mae", 1, top1=None)
+    result = invoke("compare", tmp_path / "out", "--json", "--out", tmp_path / "elsewhere")
+    document = json.loads(result.out)
+    assert document["to_do"] == [f"1 run without a probe on test: crate-ray probe --test {unjudged.uri}"]
+    assert unjudged.name in document["excluded"]
+    assert document["report"] == str(tmp_path / "elsewhere" / "report.md")
+    assert document["headline"] in (tmp_path / "elsewhere" / "report.md").read_text()
+
+
+def test_a_split_that_no_run_was_judged_on_is_an_error_with_the_command(invoke, finished, tmp_path) -> None:
+    folders = [finished(recipe, 0, split="validation") for recipe in ("digits_crate_mae", "digits_mae")]
+    result = invoke("compare", tmp_path / "out")
+    assert result.code == 2
+    names = ",".join(folder.name for folder in sorted(folders, key=lambda folder: folder.name))
+    assert f"`crate-ray probe --test {tmp_path}/out/{{{names}}}`" in result.err
+    assert not (tmp_path / "out" / "comparison").exists()
+    assert invoke("compare", tmp_path / "out", "--validation").code == 0
+
+
+def test_an_experiment_gives_what_its_rows_say_and_its_note_opens_with_the_headline(invoke, uri, tmp_path) -> None:
+    law = Law()
+    put(uri, EXPERIMENT, synthetic_rows({"crate_mae": law.needing(0.42), "mae": law}, sweep=None, tuning_trials=None))
+    result = invoke("compare", EXPERIMENT, "--uri", uri, "--out", tmp_path / "report", "--by", "flops", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert next(iter(document["verdicts"])) == "flops"
+    assert document["runs"] == 80
+    client = open_client(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment.tags["mlflow.note.content"] == document["headline"]
+    run = client.get_run(document["mlflow"]["run_id"])
+    assert (run.data.tags["kind"], run.info.status) == ("compare", "FINISHED")
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= REPORT
+    assert document["mlflow"]["url"].startswith("http://127.0.0.1:5000/#/experiments/")
+
+
+def test_folders_and_experiments_compare_together_and_a_run_in_both_counts_once(invoke, uri, finished, tmp_path) -> None:
+    from crate_ray.tracking import sync
+
+    folders = [finished(recipe, 0) for recipe in ("digits_crate_mae", "digits_mae")]
+    sync(folders, uri, "crate-mae/both")
+    result = invoke("compare", tmp_path / "out", "crate-mae/both", "--uri", uri, "--json")
+    assert json.loads(result.out)["runs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("no/such/experiment",), "no experiment 'no/such/experiment' .*; there are: "),
+        (("/no/such/folder",), "'/no/such/folder' does not exist"),
+        (("crate-mae/empty",), "'crate-mae/empty' holds no runs"),
+        (("crate-mae/running",), "none that has come to its end"),
+        (("crate-mae/one-family",), "one family alone"),
+        (("crate-mae/nan",), "NaN|finite"),
+        (("crate-mae/old",), "mirrored by an earlier release; `crate-ray tracking sync"),
+        (("crate-mae/one-family", "--metric", "top5"), "no finished run .* has top5; measured were: .*probe_top1"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_message_and_nothing_is_written(invoke, uri, tmp_path, arguments, said) -> None:
+    rows = {
+        "crate-mae/empty": [],
+        "crate-mae/running": [synthetic_row(state="RUNNING", is_complete=False, incomplete="still running")],
+        "crate-mae/one-family": [synthetic_row(seed=seed) for seed in range(2)],
+        "crate-mae/nan": [synthetic_row(model, value=float("nan")) for model in ("crate_mae", "mae")],
+        "crate-mae/old": [],
+    }
+    client = open_client(uri)
+    for name in arguments:
+        if name in rows and client.get_experiment_by_name(name) is None:
+            put(uri, name, rows[name])
+            if name == "crate-mae/old":
+                client.set_terminated(client.create_run(client.get_experiment_by_name(name).experiment_id).info.run_id)
+    result = invoke("compare", *arguments, "--uri", uri, "--out", tmp_path / "report")
+    assert result.code == 2
+    assert result.out == ""
+    assert re.search(said, result.err), result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_server_that_is_down_is_an_error_for_an_experiment_and_a_warning_for_folders(invoke, finished, tmp_path) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    result = invoke("compare", EXPERIMENT, "--uri", dead)
+    assert result.code == 2
+    assert f"MLflow at {dead} does not answer within 10 s" in result.err
+    for recipe in ("digits_crate_mae", "digits_mae"):
+        finished(recipe, 0)
+    result = invoke("compare", tmp_path / "out", "--uri", dead)
+    assert result.code == 0
+    assert (tmp_path / "out" / "comparison" / "report.md").is_file()
+
+
+def test_a_report_that_cannot_be_written_is_an_error_that_names_the_folder(invoke, finished, tmp_path) -> None:
+    for recipe in ("digits_crate_mae", "digits_mae"):
+        finished(recipe, 0)
+    (tmp_path / "file").write_text("")
+    result = invoke("compare", tmp_path / "out", "--out", tmp_path / "file" / "report")
+    assert result.code == 2
+    assert "cannot be written" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_runs_of_an_experiment_are_compared_in_20_seconds(invoke, uri, tmp_path) -> None:
+    law = Law()
+    rows = synthetic_rows({"crate_mae": law.needing(0.42), "mae": law, "mae_all_tokens": law}, seeds=range(1000, 1010))
+    grid = [{"mask_ratio": mask, "lr": lr} for mask in (0.5, 0.6, 0.75, 0.8, 0.9) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
+    for model in ("crate_mae", "mae", "mae_all_tokens"):
+        rows += synthetic_screening(model, law, settings=grid)
+    rows += synthetic_screening("crate_mae", law, settings=[{"ista_step_size": step} for step in (0.01, 0.02, 0.05, 0.2)])
+    put(uri, "crate-mae/thousand", [*rows, *(synthetic_row(seed=seed) for seed in range(1000 - len(rows)))])
+    started = time.monotonic()
+    result = invoke("compare", "crate-mae/thousand", "--uri", uri, "--out", tmp_path / "report", "--json")
+    seconds = time.monotonic() - started
+    assert json.loads(result.out)["runs"] == 1000
+    assert seconds < 20
