@@ -143,7 +143,7 @@ class RunReplay:
             self._backlog.push(session.client, self._run_id, expired=expired)
             if self._backlog:
                 return
-            self._content.send(session.client, self._run_id, self._described, self._status)
+            self._content.send(session.client, self._run_id, self._described, None if self.is_behind else self._status)
             if self._status is not None and not self.is_behind:
                 self._mirror_status(session, self._status)
         finally:
