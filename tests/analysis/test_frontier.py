@@ -104,8 +104,8 @@ def test_equal_seeds_give_the_ratio_read_off_the_lines() -> None:
     ratio = ratio_at_equal([point(1, 0.7, 0.7), point(4, 0.9, 0.9)], [point(4, 0.8, 0.8)], axis="params", baseline="mae")
     assert ratio.ratio is not None
     assert (ratio.metric_value, ratio.ratio.value, ratio.ratio.high) == pytest.approx((0.8, 0.5, 0.5))
-    assert ratio.ratio.low == pytest.approx(1.6 / 4)  # halfway up over 1 / x
-    assert ratio.sentence == "CRATE-MAE needs 0.50x [0.40, 0.50] of the encoder parameters of MAE at 80.0% probe accuracy."
+    assert ratio.ratio.low == pytest.approx((2 / (1 + 1 / 2)) ** 2 / 4)  # halfway up over x^-1/2
+    assert ratio.sentence == "CRATE-MAE needs 0.50x [0.44, 0.50] of the encoder parameters of MAE at 80.0% probe accuracy."
 
 
 def test_the_ratio_of_exchanged_sides_is_its_inverse() -> None:

@@ -29,6 +29,8 @@ SAME_SIZE = 1.01
 """Sizes within this factor are one."""
 REFUSED_BELOW = 0.05
 """Of the p values of a fit's misfit and of its unequal spread."""
+STEEPEST = 0.5
+"""Largest exponent of a law that the ends of a ratio allow for between two sizes; those published are smaller."""
 CURVE_PLACES = 101
 NOUNS: Mapping[Axis, str] = {"params": "encoder parameters", "flops": "training FLOPs", "time": "training time"}
 
@@ -137,9 +139,9 @@ def ratio_at_equal(
 
     The interval holds every place at which a paired t test over the seeds (front minus anchor) finds no difference, which is
     exact for normal noise whatever the spread of each size and however the seeds of both families are related. Between two
-    configurations a saturating front is above the line over log x; with an exponent up to 1 it is below the line over 1 / x. So
-    the lower end is read off the latter, the upper end off the former. Where the test cannot tell the anchor from an end of the
-    front, the interval is open: its end is 0 or infinite, never a place beyond those measured.
+    configurations a saturating front is above the line over log x, and with an exponent up to STEEPEST below the line over
+    x^-STEEPEST. So the lower end is read off the latter, the upper end off the former. Where the test cannot tell the anchor
+    from an end of the front, the interval is open: its end is 0 or infinite, never a place beyond those measured.
 
     Args:
         first: Configurations of CRATE.
@@ -203,7 +205,7 @@ def _place_of(anchor: SizePoint, front: Sequence[SizePoint]) -> Estimate | None:
         if best is None and 0 <= share <= 1:
             best = _along_log(below, above, share)
             shares.append(share)
-        lows += [1 / ((1 - share) / below.x + share / above.x) for share in shares]
+        lows += [_along_power(below, above, share) for share in shares]
         highs += [_along_log(below, above, share) for share in shares]
     if best is None:
         return None
@@ -212,7 +214,13 @@ def _place_of(anchor: SizePoint, front: Sequence[SizePoint]) -> Estimate | None:
 
 
 def _along_log(below: SizePoint, above: SizePoint, share: float) -> float:
+    """Where a line over log x has that share of its rise."""
     return float(below.x ** (1 - share) * above.x**share)
+
+
+def _along_power(below: SizePoint, above: SizePoint, share: float) -> float:
+    """The same of a line over x^-STEEPEST."""
+    return float(((1 - share) * below.x**-STEEPEST + share * above.x**-STEEPEST) ** (-1 / STEEPEST))
 
 
 def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> list[float] | None:
