@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 
 from crate_ray import storage
 from crate_ray.config import SweepConfig
@@ -84,6 +85,7 @@ class Experiment:
                 scheduler=self.scheduler,
                 num_samples=-1,
                 stop=_WhenAsked(self._search),
+                callbacks=[_ForgetEnded()],
                 max_failures=MAX_FAILURES,
                 reuse_actors=True,
                 raise_on_failed_trial=False,
@@ -110,6 +112,31 @@ class _WhenAsked(tune.Stopper):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles it into a state that nobody reads, and the searcher holds locks."""
         return {}
+
+
+class _ForgetEnded(tune.Callback):  # type: ignore[misc]
+    """Lets go of what Tune keeps of trials that have ended, which stands in their folders too.
+
+    Tune holds every trial to the end: running means of each number that it reported, its last result and its configuration,
+    twice. One trial behind, for Tune still reads the one that has just ended.
+    """
+
+    def __init__(self) -> None:
+        self._last: Trial | None = None
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget_the_one_before(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget_the_one_before(trial)
+
+    def _forget_the_one_before(self, trial: Trial) -> None:
+        before, self._last = self._last, trial
+        if before is None or before is trial or before.status not in (Trial.TERMINATED, Trial.ERROR):
+            return
+        kept = before.run_metadata
+        kept.metric_analysis, kept.metric_n_steps, kept.last_result = {}, {}, {"done": True}
+        before.evaluated_params, before.config = {}, {}
 
 
 def _request(resources: TrialResources) -> tune.PlacementGroupFactory:
