@@ -7,7 +7,7 @@ MLflow is a mirror of them, so each of these verbs can be repeated at any time.
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,7 +18,7 @@ from crate_ray.cli.arguments import Json
 from crate_ray.cli.output import console, errors, print_json, print_table
 from crate_ray.cli.runs import Root, find_runs
 from crate_ray.config import ConfigError
-from crate_ray.runs import RunFolder, read_status, sweep_of, write_status
+from crate_ray.runs import RunFolder, close_stale, sweep_of
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mirror run folders to MLflow, and look at them there.")
 
@@ -39,11 +39,33 @@ def sync(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_
 
 
 @app.command("reap")
-def reap(root: Root = "out", uri: Uri = None, experiment: Experiment = None, as_json: Json = False) -> None:
-    """Mark runs whose driver died as FAILED."""
-    folders = [folder for folder in find_runs(root) if _close_stale(folder)]
-    rows = _sync(folders, root, uri, experiment)
-    _finish(rows, as_json, nothing=f"no run in {root} has lost its driver: nothing to close")
+def reap(
+    root: Root = "out",
+    uri: Uri = None,
+    experiment: Experiment = None,
+    silent_for: Annotated[
+        float, typer.Option("--silent-for", min=1, help="Seconds without a sign of life after which a run in MLflow is dead.")
+    ] = 300,
+    as_json: Json = False,
+) -> None:
+    """Mark runs whose driver died as FAILED, in their folders and in MLflow; --uri works without the folders too."""
+    from crate_ray import tracking
+    from crate_ray.tracking.client import public_uri
+
+    folders = [] if uri is not None and not storage.exists(root) else find_runs(root)
+    rows = _sync(_closed(folders), root, uri, experiment)
+    done = {row["run_id"] for row in rows}
+    for store in sorted({_destination(folder, root, uri, None)[0] for folder in folders} | ({uri} if uri else set())):
+        found = [result for result in tracking.reap(store, experiment, silent_s=silent_for) if result.run_id not in done]
+        rows += [{**asdict(result), "uri": public_uri(store)} for result in found]
+    _finish(rows, as_json, nothing="no run has lost its driver: nothing to close")
+
+
+def _closed(folders: Sequence[RunFolder]) -> list[RunFolder]:
+    """Closes the runs and the sweeps whose drivers died; gives the runs that are to be sent for it, a sweep's by its trials."""
+    sweeps = {folder.uri: sweep_of(folder) for folder in folders}
+    dead = {sweep.uri for sweep in {s.uri: s for s in sweeps.values() if s is not None}.values() if close_stale(sweep)}
+    return [folder for folder in folders if close_stale(folder) or ((sweep := sweeps[folder.uri]) and sweep.uri in dead)]
 
 
 @app.command("ui")
@@ -145,7 +167,7 @@ def _sync(folders: Sequence[RunFolder], root: str, uri: str | None, experiment: 
     rows = []
     for (store, name), members in groups.items():
         results = tracking.sync(members, store, name, artifact_root=tracking.default_artifact_root(root))
-        rows += [{**asdict(result), "experiment": name, "uri": public_uri(store)} for result in results]
+        rows += [{**asdict(result), "uri": public_uri(store)} for result in results]
     return rows
 
 
@@ -165,12 +187,3 @@ def _finish(rows: list[dict[str, Any]], as_json: bool, *, nothing: str) -> None:
                 console.print(f"{escape(row['name'])}: {escape(row['error'])}", soft_wrap=True)
     if any(row["error"] for row in rows):
         raise typer.Exit(1)
-
-
-def _close_stale(folder: RunFolder) -> bool:
-    """Writes FAILED, as of the last heartbeat, for a run whose driver died; whether it was one."""
-    status = read_status(folder)
-    if status is None or not status.is_stale:
-        return False
-    write_status(folder, replace(status, state="FAILED", ended=status.heartbeat, reason="driver died"))
-    return True

@@ -30,6 +30,7 @@ from crate_ray.runs.status import (
     LeaseLostError,
     State,
     Status,
+    close_stale,
     read_status,
     write_status,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "TrialRow",
     "TrialState",
     "WorkerContext",
+    "close_stale",
     "decode_number",
     "encode_number",
     "find_run",

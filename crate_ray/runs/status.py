@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from crate_ray import storage
@@ -56,6 +56,15 @@ def read_status(folder: RunFolder) -> Status | None:
 def write_status(folder: RunFolder, status: Status) -> None:
     """Writes status.json."""
     folder.write_json("status.json", asdict(status))
+
+
+def close_stale(folder: RunFolder) -> bool:
+    """Writes FAILED, as of the last heartbeat, for a run whose driver died; whether it was one."""
+    status = read_status(folder)
+    if status is None or not status.is_stale:
+        return False
+    write_status(folder, replace(status, state="FAILED", ended=status.heartbeat, reason="driver died"))
+    return True
 
 
 class LeaseLostError(RuntimeError):

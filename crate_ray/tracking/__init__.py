@@ -5,6 +5,7 @@ from crate_ray.tracking.comparison import LoggedComparison, log_comparison
 from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.mirror import Mirror, MirrorSummary
 from crate_ray.tracking.query import ExperimentRows, rows_of_experiment
+from crate_ray.tracking.reap import SILENT_SECONDS, reap
 from crate_ray.tracking.server import Server, serve
 from crate_ray.tracking.sync import SyncResult, sync
 from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
@@ -12,6 +13,7 @@ from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
 __all__ = [
     "CURVES",
     "EFFICIENCY",
+    "SILENT_SECONDS",
     "ExperimentRows",
     "LoggedComparison",
     "Mirror",
@@ -22,6 +24,7 @@ __all__ = [
     "default_uri",
     "initialise",
     "log_comparison",
+    "reap",
     "rows_of_experiment",
     "serve",
     "sync",

@@ -13,11 +13,12 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.runs import RunFolder, user_name
 from crate_ray.runs.rows import configuration_of
 from crate_ray.runs.settings import settings_of
+from crate_ray.tracking.client import public_uri
 from crate_ray.tracking.limits import valid_params, valid_tags
 
 RUN_UID_TAG = "crate_ray.run_uid"
 HEARTBEAT_TAG = "crate_ray.heartbeat"  # unix seconds at which the driver was last known to live
-FOLDER_TAG = "crate_ray.folder"
+FOLDER_TAG = "crate_ray.folder"  # where the run folder lies, as seen from its driver
 PARENT_TAG = "mlflow.parentRunId"
 MAX_NAME = 18  # what the run list shows of a name
 # Vermilion and blue of Okabe and Ito: told apart with every kind of colour vision.
@@ -56,9 +57,14 @@ def describe(folder: RunFolder) -> Description | None:
         parent_uid=meta.get("parent_uid"),
         name=run_name(folder.name, config),
         start_ms=to_ms(float(meta["created"])),
-        tags=_tags(meta, config) | fingerprint_tags(fingerprint),
+        tags=_tags(meta, config) | fingerprint_tags(fingerprint) | valid_tags({FOLDER_TAG: _place(folder)}),
         params=params_of(config, precision) | _configuration(config, fingerprint) if config else {},
     )
+
+
+def _place(folder: RunFolder) -> str:
+    """Where the folder lies, without what could open it."""
+    return public_uri(folder.uri.partition("?")[0])
 
 
 def to_ms(time_s: float) -> int:

@@ -15,9 +15,10 @@ from crate_ray.tracking.replay import RunReplay, Session
 
 @dataclass(frozen=True)
 class SyncResult:
-    """How one run folder fared: its MLflow run, the records sent now, and why it is not complete."""
+    """How one run fared: its MLflow run, the records sent now, and why it is not complete."""
 
     name: str
+    experiment: str
     run_id: str | None
     sent: int
     error: str | None
@@ -45,12 +46,19 @@ def sync(
     experiment_id = initialise(uri, experiment, timeout_s=timeout_s, artifact_root=artifact_root)
     if experiment_id is None:
         reason = f"MLflow at {public_uri(uri)} does not answer"
-        return [SyncResult(folder.name, None, 0, reason) for folder in ordered]
+        return [SyncResult(folder.name, experiment, None, 0, reason) for folder in ordered]
     session = Session(open_client(uri, timeout_s=timeout_s), absolute_uri(uri), experiment_id)
-    return [_replay(folder, session) for folder in ordered]
+    return [replay_folder(folder, session, experiment) for folder in ordered]
 
 
-def _replay(folder: RunFolder, session: Session) -> SyncResult:
+def replay_folder(folder: RunFolder, session: Session, experiment: str) -> SyncResult:
+    """Sends what is missing of one run; whatever goes wrong is in the result.
+
+    Args:
+        folder: The run.
+        session: Of the store.
+        experiment: Name of the session's experiment.
+    """
     replay = RunReplay(folder)
     try:
         is_first = True
@@ -59,9 +67,9 @@ def _replay(folder: RunFolder, session: Session) -> SyncResult:
             replay.push(session)
             is_first = False
     except Exception as error:  # noqa: BLE001 - one run that cannot be sent must not keep the others from it
-        return SyncResult(folder.name, replay.run_id, replay.sent, one_line(error))
+        return SyncResult(folder.name, experiment, replay.run_id, replay.sent, one_line(error))
     error_text = None if replay.run_id else f"no run_meta.json with a config.yaml in {folder.uri}: not a run folder"
-    return SyncResult(folder.name, replay.run_id, replay.sent, error_text)
+    return SyncResult(folder.name, experiment, replay.run_id, replay.sent, error_text)
 
 
 def _created(folder: RunFolder) -> float:
