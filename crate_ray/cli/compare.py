@@ -4,6 +4,7 @@ In: runs, as folders or from MLflow. Out: a verdict on the screen, a report in a
 judged before anything is written, so a comparison that is refused leaves nothing behind.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def compare(
     from crate_ray.analysis.comparison.layers import read_layers
     from crate_ray.analysis.comparison.result import AXES
 
+    if out is not None:
+        _check_out(out)
     split: Split = "test" if test else "validation"
     material = gather(what, split=split, uri=uri, experiment=experiment)
     _check_read(material)
@@ -92,7 +95,7 @@ def write_report(comparison: "Comparison", out: Path) -> tuple[Path, list[str]]:
     try:
         report = write_comparison(comparison, out)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}); choose another folder") from None
+        raise ConfigError(_unwritable(out, error.strerror or str(error))) from None
     pictures = [path for path in sorted(report.parent.glob("figures/*")) if path.suffix in (".png", ".svg")]
     files = [report, report.with_suffix(".html"), *sorted(report.parent.glob("comparison.*")), *pictures]
     return report, [path.relative_to(report.parent).as_posix() for path in files]
@@ -114,6 +117,17 @@ def log_report(comparison: "Comparison", folder: Path, files: "Sequence[str]", m
         parent_uid=material.sweep_uid,
         tags={"metric": comparison.metric, "judged_split": comparison.judged_split or "none"},
     )
+
+
+def _check_out(out: Path) -> None:
+    """Refuses a folder that cannot be made, before anything is read."""
+    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(_unwritable(out, f"{above} is no folder, or one without write access"))
+
+
+def _unwritable(out: Path, reason: str) -> str:
+    return f"--out {out} cannot be written ({reason}); choose another folder"
 
 
 def _check_read(material: Material) -> None:

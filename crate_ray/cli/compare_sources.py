@@ -5,6 +5,7 @@ there is one, else an experiment. Only small files are read here; what a verdict
 probes, is read from the folders of the runs.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import ConfigError
+from crate_ray.config import ConfigError, TrackingConfig
 from crate_ray.runs import RunFolder, list_runs
 from crate_ray.runs.rows import RunRow, Split, read_run_rows
 
@@ -21,7 +22,6 @@ _READERS = 16
 _REPORT = "comparison"
 _DATABASE = "mlflow.db"
 _DEFAULT_ROOT = "out"
-_EXPERIMENT = "crate-mae/default"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,21 @@ class Material:
         rows: Of all runs, each once.
         unread: Why something has no row, by its name.
         out: Folder for the report, unless the user names one.
-        store: Where the report is logged to; None where the runs are in no store.
+        uri: Tracking store of the runs; None where they are in none.
+        experiment: Theirs.
     """
 
     name: str
     out: Path
+    uri: str | None
+    experiment: str
     rows: list[RunRow] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
-    store: Store | None = None
+
+    @property
+    def store(self) -> Store | None:
+        """Where the report is logged to; None where the runs are in no store."""
+        return None if self.uri is None else Store(self.uri, self.experiment)
 
     @property
     def sweep_uid(self) -> str | None:
@@ -77,12 +84,13 @@ def gather(what: Sequence[str], *, split: Split, uri: str | None, experiment: st
         ConfigError: Something named is neither a folder of runs nor an experiment, or the store does not answer.
     """
     parts = [_of_folder(item, split) if storage.exists(item) else _of_experiment(item, split, uri) for item in what]
-    material = Material(" + ".join(dict.fromkeys(part.name for part in parts)), parts[0].out)
+    name = " + ".join(dict.fromkeys(part.name for part in parts))
+    mirrored = parts[0] if uri is not None else next((part for part in parts if part.uri is not None), parts[0])
+    material = Material(name, parts[0].out, uri or mirrored.uri, experiment or mirrored.experiment)
     rows = {row.run_uid: row for part in reversed(parts) for row in reversed(part.rows)}
     material.rows = list(rows.values())[::-1]
     for part in parts:
         material.unread |= part.unread
-    material.store = _store(parts, uri, experiment)
     return material
 
 
@@ -112,7 +120,8 @@ def _of_folder(item: str, split: Split) -> Material:
     if not folders:
         raise ConfigError(f"no runs in '{item}'; give a run folder, the folder above some (storage.path), or that of a sweep")
     read = read_run_rows(folders, split=split)
-    return Material(folder.name, _beside(folder, is_run=is_run), list(read.rows), dict(read.unread), _store_of(folder, folders))
+    store, experiment = _store_of(folder, folders)
+    return Material(folder.name, _beside(folder, is_run=is_run), store, experiment, list(read.rows), dict(read.unread))
 
 
 def _beside(folder: RunFolder, *, is_run: bool) -> Path:
@@ -123,15 +132,22 @@ def _beside(folder: RunFolder, *, is_run: bool) -> Path:
     return Path(path.parent if is_run else path) / _REPORT
 
 
-def _store_of(folder: RunFolder, runs: Sequence[RunFolder]) -> Store | None:
-    """Store and experiment of the runs, as the first one says: a server, or a database that lies above them."""
-    config = runs[0].read_config()
-    uri = config.tracking.uri
+def _store_of(folder: RunFolder, runs: Sequence[RunFolder]) -> tuple[str | None, str]:
+    """Store and experiment of the runs, as the first one says that can be read: a server, or a database that lies above them."""
+    tracking = _tracking_of(runs)
+    uri = tracking.uri
     if uri is None and folder.is_local:
         path = storage.local_path(folder.uri)
         held = next((place / _DATABASE for place in (path, *path.parents[:3]) if (place / _DATABASE).is_file()), None)
         uri = None if held is None else f"sqlite:///{held.resolve()}"
-    return None if uri is None else Store(uri, config.tracking.experiment)
+    return uri, tracking.experiment
+
+
+def _tracking_of(runs: Sequence[RunFolder]) -> TrackingConfig:
+    for folder in runs:
+        with contextlib.suppress(ConfigError, FileNotFoundError):  # of another release, or not yet a run
+            return folder.read_config().tracking
+    return TrackingConfig()
 
 
 def _of_experiment(item: str, split: Split, uri: str | None) -> Material:
@@ -147,12 +163,4 @@ def _of_experiment(item: str, split: Split, uri: str | None) -> Material:
         raise ConfigError(f"'{item}' is no folder, and as an experiment: {error}") from None
     path, slug = database_path(store), re.sub(r"[^\w.-]+", "-", item)
     out = Path(_REPORT) / slug if path is None else path.parent / _REPORT / slug
-    return Material(item, out, found.rows, dict(found.unread), Store(store, item))
-
-
-def _store(parts: Sequence[Material], uri: str | None, experiment: str | None) -> Store | None:
-    """As asked for, else that of the first part that has one."""
-    found = next((part.store for part in parts if part.store is not None), None)
-    if uri is None:
-        return None if found is None else Store(found.uri, experiment or found.experiment)
-    return Store(uri, experiment or (found.experiment if found is not None else _EXPERIMENT))
+    return Material(item, out, store, item, found.rows, dict(found.unread))
