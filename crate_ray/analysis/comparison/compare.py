@@ -4,12 +4,13 @@ In: rows of runs, from folders or from MLflow. Out: a Comparison. Nothing is rea
 of the caller, the records of a few chosen runs: the same rows, in any order, give the same comparison wherever they come from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from statistics import median
 
 from crate_ray.analysis.comparison.configurations import Sorted, model_names, sort_rows
-from crate_ray.analysis.comparison.frontier import SizePoint, fit_curve, ratio_at_equal
+from crate_ray.analysis.comparison.frontier import NOUNS, SizePoint, fit_curve, ratio_at_equal
 from crate_ray.analysis.comparison.gates import (
     IMAGES_WITHIN,
     findings_of,
@@ -30,6 +31,12 @@ from crate_ray.config import ConfigError
 from crate_ray.runs.rows import RunRow
 
 _RAW_PIXELS = "raw_pixels_top1"
+Place = Callable[[Configuration], float | None]
+PLACES: Mapping[Axis, Place] = {
+    "params": lambda item: item.positions["params"],
+    "flops": lambda item: item.positions["flops"],
+    "time": lambda item: item.positions["time"],
+}
 _FEW = 4  # configurations whose layers are all shown
 
 
@@ -79,7 +86,7 @@ def compare(
         judged_split=sorted_rows.judged_split,
         rows=tuple(sorted(rows, key=lambda row: (row.name, row.run_uid))),
         excluded={**(unread or {}), **sorted_rows.excluded},
-        findings=findings_of(configurations, metric, axes),
+        findings=findings_of(configurations, rows, metric, axes),
         configurations=configurations,
         differences=differences,
         curves=_curves(comparable, metric, axes, larger=larger),
@@ -91,6 +98,15 @@ def compare(
         verdicts=sentences,
         headline=headline(axes[0], sentences[axes[0]], ratios, differences, configurations, measure),
         commands=tuple(commands),
+        total_ratios=_ratios(
+            comparable,
+            metric,
+            ("params",),
+            measure,
+            larger=larger,
+            place=lambda item: float(item.params_total),
+            noun="trainable parameters, decoder included,",
+        ),
     )
 
 
@@ -147,61 +163,66 @@ def _curves(items: Sequence[Configuration], metric: str, axes: Sequence[Axis], *
     curves = []
     for axis in axes:
         for family, model in sorted({(item.family, item.model) for item in items}):
-            points = _points([item for item in items if item.model == model], metric, axis)
+            points = _points([item for item in items if item.model == model], metric, PLACES[axis])
             curve = fit_curve(points, axis=axis, family=family, is_larger_better=larger)
             curves += [replace(curve, model=model)] if curve is not None else []
     return tuple(curves)
 
 
-def _points(items: Sequence[Configuration], metric: str, axis: Axis) -> list[SizePoint]:
+def _points(items: Sequence[Configuration], metric: str, place: Place) -> list[SizePoint]:
     return [
-        SizePoint(item.label, x, {row.seed: row.values[metric] for row in item.rows})
-        for item in items
-        if (x := item.positions[axis])
+        SizePoint(item.label, x, {row.seed: row.values[metric] for row in item.rows}) for item in items if (x := place(item))
     ]
 
 
 def _ratios(
-    items: Sequence[Configuration], metric: str, axes: Sequence[Axis], measure: Measure, *, larger: bool
-) -> tuple[Ratio, ...]:
-    """CRATE's need over that of each MAE; withheld wherever a verdict would be."""
-    names = model_names(item.model for item in items)
-    crates = sorted({item.model for item in items if item.family == "crate"})
-    baselines = sorted({item.model for item in items if item.family == "vit"})
-    return tuple(
-        _ratio(items, (crate, baseline), names, metric, axis, measure, larger=larger)
-        for axis in axes
-        for crate in crates
-        for baseline in baselines
-    )
-
-
-def _ratio(
     items: Sequence[Configuration],
-    models: tuple[str, str],
-    names: Mapping[str, str],
     metric: str,
-    axis: Axis,
+    axes: Sequence[Axis],
     measure: Measure,
     *,
     larger: bool,
-) -> Ratio:
-    placed = [item for item in items if item.is_confirmed and item.positions[axis] and item.model in models]
-    alike = _alike(placed, axis)
-    first, second = ([item for item in alike if item.model == model] for model in models)
-    called = names[models[0]], names[models[1]]
-    why_not = _why_no_ratio(first, second)
-    if why_not is not None:
-        return Ratio(axis, models[1], None, None, why_not, f"No ratio of {called[0]} to {called[1]}: {why_not}.")
-    return ratio_at_equal(
-        _points(first, metric, axis),
-        _points(second, metric, axis),
-        axis=axis,
-        baseline=models[1],
-        names=called,
-        spell=lambda value: f"{measure.with_unit(value)} {measure.label}",
-        is_larger_better=larger,
-    )
+    place: Place | None = None,
+    noun: str | None = None,
+) -> tuple[Ratio, ...]:
+    """CRATE's need over that of each MAE; withheld wherever a verdict would be.
+
+    Args:
+        items: That may be compared with each other.
+        metric: That is equal.
+        axes: Of the ratios.
+        measure: How the metric is spelled.
+        larger: Whether more of the metric is better.
+        place: Where a configuration stands; None for its position on the axis.
+        noun: What is counted, where that is not what the axis counts.
+    """
+    names = model_names(item.model for item in items)
+    crates = sorted({item.model for item in items if item.family == "crate"})
+    baselines = sorted({item.model for item in items if item.family == "vit"})
+    found = []
+    for axis in axes:
+        where = place or PLACES[axis]
+        alike = _alike([item for item in items if item.is_confirmed and where(item)], axis)
+        for crate, baseline in product(crates, baselines):
+            first, second = ([item for item in alike if item.model == model] for model in (crate, baseline))
+            why_not = _why_no_ratio(first, second)
+            if why_not is not None:
+                sentence = f"No ratio of {noun or NOUNS[axis]} at equal results: {why_not}."
+                found.append(Ratio(axis, baseline, None, None, why_not, sentence))
+                continue
+            found.append(
+                ratio_at_equal(
+                    _points(first, metric, where),
+                    _points(second, metric, where),
+                    axis=axis,
+                    baseline=baseline,
+                    names=(names[crate], names[baseline]),
+                    noun=noun,
+                    spell=lambda value: f"{measure.with_unit(value)} {measure.label}",
+                    is_larger_better=larger,
+                )
+            )
+    return tuple(found)
 
 
 def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:

@@ -64,6 +64,8 @@ def model_names(models: Iterable[str]) -> dict[str, str]:
 def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     """Puts every row into its configuration, or says why it is in none.
 
+    Screening trials are configurations only of a family that has nothing else.
+
     Args:
         rows: Of any kind and state; the same run twice counts once.
         metric: Name in RunRow.values.
@@ -74,9 +76,12 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     usable = [row for row in unique if row.run_uid not in reasons]
     confirmed_sweeps = {row.sweep for row in unique if row.stage == "confirm"}
     screening = [row for row in unique if row.stage == "screen" and row.is_complete]
+    trained = {row.family for row in usable if row.stage != "screen"}
     for row in usable:
         if row.stage == "screen" and row.sweep in confirmed_sweeps:
             reasons[row.run_uid] = "a screening trial: it chose what was confirmed, and tells of sensitivities alone"
+        elif row.stage == "screen" and row.family in trained:
+            reasons[row.run_uid] = "a screening trial, of a sweep that confirmed nothing: it tells of sensitivities alone"
     candidates = [row for row in usable if row.run_uid not in reasons]
     reasons |= _unlucky(candidates, metric)
     candidates = [row for row in candidates if row.run_uid not in reasons]
@@ -187,7 +192,7 @@ def _missing(
 
 def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: str) -> Configuration:
     row = group[0]
-    controls = [value for item in group if (value := control_of(item, metric)) is not None]
+    controls = {item.seed: value for item in group if (value := control_of(item, metric)) is not None}
     unlabelled = Configuration(
         key=row.configuration,
         label="",
@@ -197,11 +202,12 @@ def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: 
         rows=tuple(group),
         missing=missing,
         metric=mean_t_interval([item.values[metric] for item in group]),
-        control=fmean(controls) if controls else None,
+        control=fmean(controls.values()) if controls else None,
         positions={},
         params_total=row.params_total,
         is_confirmed=all(item.stage != "screen" for item in group),
-        tuning_trials=row.tuning_trials,
+        tuning_trials=next((item.tuning_trials for item in group if item.tuning_trials is not None), None),
+        gains=tuple(item.values[metric] - controls[item.seed] for item in group if item.seed in controls),
     )
     return replace(unlabelled, positions=_positions(unlabelled))
 

@@ -126,6 +126,7 @@ def ratio_at_equal(
     axis: Axis,
     baseline: str,
     names: tuple[str, str] = ("CRATE-MAE", "MAE"),
+    noun: str | None = None,
     spell: Callable[[float], str] = "{:.1%} probe accuracy".format,
     is_larger_better: bool = True,
 ) -> Ratio:
@@ -149,6 +150,7 @@ def ratio_at_equal(
         axis: Of their x.
         baseline: Model of MAE that `second` is of.
         names: What the sentence calls the two.
+        noun: What it calls that which is counted; None for the axis's own, NOUNS.
         spell: The metric in words: "90.1% probe accuracy".
         is_larger_better: Of the metric.
 
@@ -158,14 +160,15 @@ def ratio_at_equal(
     Raises:
         ValueError: As `pareto_front`.
     """
+    counted = noun or NOUNS[axis]
     fronts = [pareto_front(points, is_larger_better=is_larger_better) for points in (first, second)]
     found = list(_crossings(fronts[0], fronts[1], is_larger_better=is_larger_better))
     chosen = next((crossing for crossing in found if crossing.has_size_beyond), found[0] if found else None)
     if chosen is None:
         why_not = _why_not(fronts, names, spell, is_larger_better=is_larger_better)
-        return Ratio(axis, baseline, None, None, why_not, f"No ratio of {NOUNS[axis]} at equal results: {why_not}.")
+        return Ratio(axis, baseline, None, None, why_not, f"No ratio of {counted} at equal results: {why_not}.")
     ratio, at = chosen.ratio, spell(chosen.metric_value)
-    text = f"{names[0]} needs {_times(ratio)} of the {NOUNS[axis]} of {names[1]} at {at}"
+    text = f"{names[0]} needs {_times(ratio)} of the {counted} of {names[1]} at {at}"
     return Ratio(axis, baseline, chosen.metric_value, ratio, None, f"{text}{_open_end(ratio)}.")
 
 

@@ -5,12 +5,14 @@ has which value. The trade-off: a difference in any part of the compare digest r
 harmless, for nobody can tell from the numbers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from crate_ray.analysis.comparison.result import Axis, Configuration, Finding, Severity
 from crate_ray.analysis.objectives import value_text
+from crate_ray.analysis.statistics import mean_t_interval
 from crate_ray.config import digest
 from crate_ray.runs.rows import RunRow
 
@@ -95,8 +97,10 @@ def largest_comparable(configurations: Sequence[Configuration], metric: str) -> 
     return max(groups.values(), key=lambda group: (len({item.family for item in group}), len(group)), default=[])
 
 
-def findings_of(configurations: Sequence[Configuration], metric: str, axes: Sequence[Axis]) -> tuple[Finding, ...]:
-    """Everything that the configurations do not share or lack, refusals first."""
+def findings_of(
+    configurations: Sequence[Configuration], rows: Sequence[RunRow], metric: str, axes: Sequence[Axis]
+) -> tuple[Finding, ...]:
+    """Everything that configurations do not share or lack, and which of all rows ended without a number; refusals first."""
     found = [
         *_unequal_parts(configurations, metric),
         *_unequal("refused", "tuning_trials", configurations, lambda item: _budget(item.tuning_trials), _TUNING),
@@ -104,6 +108,8 @@ def findings_of(configurations: Sequence[Configuration], metric: str, axes: Sequ
         *_code(configurations),
         *_untold_tuning(configurations),
         *_unconfirmed(configurations),
+        *_finals(rows, metric),
+        *_control(configurations),
         *_helped(configurations),
         *_dirty(configurations),
     ]
@@ -157,7 +163,7 @@ def _hardware(configurations: Sequence[Configuration], axes: Sequence[Axis]) -> 
         text = (
             "Without an exclusive timing pass on one kind of hardware (`crate-ray time RUN...`), and so not on the axis of time"
         )
-        yield Finding("noted", "timing", {_NOTHING: untimed}, f"{text}: {_names(untimed)}.")
+        yield Finding("noted", "timing", {_NOTHING: untimed}, f"{text}: {names_text(untimed)}.")
     timed = [item for item in configurations if item.positions["time"] is not None]
     sentence = "They were timed on different hardware, so hours are not compared across it."
     yield from _unequal("refused", "hardware", timed, lambda item: str(hardware_of(item)), sentence)
@@ -182,7 +188,7 @@ def _untold_tuning(configurations: Sequence[Configuration]) -> Iterator[Finding]
     labels = tuple(item.label for item in configurations if item.tuning_trials is None)
     if labels:
         text = "How much these were tuned is not recorded, for they are no trials of a sweep; judge whether it was equal"
-        yield Finding("flagged", "tuning_budget", {"not recorded": labels}, f"{text}: {_names(labels)}.")
+        yield Finding("flagged", "tuning_budget", {"not recorded": labels}, f"{text}: {names_text(labels)}.")
 
 
 def _unconfirmed(configurations: Sequence[Configuration]) -> Iterator[Finding]:
@@ -190,7 +196,7 @@ def _unconfirmed(configurations: Sequence[Configuration]) -> Iterator[Finding]:
     if labels:
         text = "Screened and not trained again with fresh seeds, so exploratory: the best of many single runs is flattered"
         yield Finding(
-            "refused", "confirm", {_NOTHING: labels}, f"{text}: {_names(labels)}. Give the sweep a `confirm` section."
+            "refused", "confirm", {_NOTHING: labels}, f"{text}: {names_text(labels)}. Give the sweep a `confirm` section."
         )
 
 
@@ -198,14 +204,53 @@ def _helped(configurations: Sequence[Configuration]) -> Iterator[Finding]:
     names = tuple(row.name for item in configurations for row in item.rows if row.rollbacks or row.skipped_steps)
     if names:
         text = "Helped past steps without finite numbers, so not the runs of their configuration alone"
-        yield Finding("flagged", "interventions", {"rollbacks or skipped steps": names}, f"{text}: {_names(names)}.")
+        yield Finding("flagged", "interventions", {"rollbacks or skipped steps": names}, f"{text}: {names_text(names)}.")
 
 
 def _dirty(configurations: Sequence[Configuration]) -> Iterator[Finding]:
     names = tuple(row.name for item in configurations for row in item.rows if row.is_dirty)
     if names:
         text = "Trained from a checkout with changes that no commit holds"
-        yield Finding("noted", "dirty", {"changed": names}, f"{text}: {_names(names)}.")
+        yield Finding("noted", "dirty", {"changed": names}, f"{text}: {names_text(names)}.")
+
+
+def without_gain(configurations: Sequence[Configuration]) -> list[str]:
+    """Labels of those that are not shown to beat the same encoder untrained, where that was measured."""
+    return [item.label for item in configurations if beats_control(item) is False]
+
+
+def beats_control(item: Configuration) -> bool | None:
+    """Whether the 95% interval of the gain lies above 0: over seeds, or of a single seed over source images.
+
+    None where the control was not measured.
+    """
+    if len(item.gains) > 1:
+        return mean_t_interval(item.gains).low > 0
+    gain = item.rows[0].intervals.get("gain")
+    return gain.low > 0 if gain is not None and item.gains else None
+
+
+def _control(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    labels = tuple(without_gain(configurations))
+    if labels:
+        text = "Not shown to beat the same encoder untrained, so what is compared may not have been learned"
+        yield Finding("flagged", "control", {"no gain shown": labels}, f"{text}: {names_text(labels)}.")
+
+
+def _finals(rows: Sequence[RunRow], metric: str) -> Iterator[Finding]:
+    """Without these runs the mean of their configuration is that of the luckier part."""
+    ordered = sorted(rows, key=lambda row: (row.name, row.run_uid))
+    bad = [
+        (row.name, row.values[metric]) for row in ordered if row.is_complete and not math.isfinite(row.values.get(metric, 0))
+    ]
+    values = {
+        word: names
+        for word, is_such in (("NaN", math.isnan), ("infinite", math.isinf))
+        if (names := tuple(name for name, value in bad if is_such(value)))
+    }
+    if values:
+        text = f"Came to their end without a finite {metric}, so that the means are those of the luckier runs"
+        yield Finding("flagged", "finals", values, f"{text}: {_listed(values)}.")
 
 
 def _budget(trials: int | None) -> str:
@@ -221,9 +266,10 @@ def _value(value: Any) -> str:
 
 
 def _listed(values: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{value}: {_names(names)}" for value, names in values.items())
+    return "; ".join(f"{value}: {names_text(names)}" for value, names in values.items())
 
 
-def _names(names: Sequence[str]) -> str:
+def names_text(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
     shown = ", ".join(names[:_MANY])
     return f"{shown} and {len(names) - _MANY} more" if len(names) > _MANY else shown

@@ -71,7 +71,9 @@ def declare(configurations: Sequence[Configuration], metric: str, axes: Sequence
 def choice_of(configurations: Sequence[Configuration], model: str) -> Configuration | None:
     """What the screening of a model chose; without a screening its only configuration, and None where there are several."""
     own = [item for item in configurations if item.model == model and item.is_confirmed]
-    placed = sorted((place, item.label) for item in own if (place := item.rows[0].place) is not None)
+    placed = sorted(
+        (min(places), item.label) for item in own if (places := [r.place for r in item.rows if r.place is not None])
+    )
     if placed:
         return next(item for item in own if item.label == placed[0][1])
     return own[0] if len(own) == 1 else None
@@ -127,7 +129,7 @@ def _measured(item: Hypothesis, metric: str, answers: Answers) -> Difference:
         test_noise=noise,
         why_no_verdict=_why_no_verdict(item, len(seeds)),
         verdict="",
-        flags=flags(item.first, item.second),
+        flags=(*flags(item.first, item.second), *_dropped_flag(dropped)),
     )
 
 
@@ -145,6 +147,10 @@ def _dropped(item: Hypothesis, seeds: Sequence[int]) -> dict[int, str]:
             if seed not in seeds and seed not in other.missing:
                 reasons.setdefault(seed, []).append(f"{other.label} has no such seed")
     return {seed: "; ".join(reasons[seed]) for seed in sorted(reasons)}
+
+
+def _dropped_flag(dropped: Mapping[int, str]) -> tuple[str, ...]:
+    return (f"{count_text(len(dropped), 'seed')} without a pair",) if dropped else ()
 
 
 def _why_no_verdict(item: Hypothesis, num_pairs: int) -> str | None:
@@ -180,7 +186,7 @@ def _answered(body: Mapping[str, Any] | None, metric: str) -> tuple[list[str], l
 
 def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
     """The finding in one sentence."""
-    a, b, at = item.first.label, item.second.label, AT[item.axis]
+    a, b, at = item.first.label, item.second.label, _at(item)
     if item.why_no_verdict is not None:
         measured = f" (measured: {_interval_text(item.interval, measure)})" if item.interval is not None else ""
         return f"No verdict on {a} and {b} {at}: {item.why_no_verdict}{measured}."
@@ -193,6 +199,12 @@ def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
         return f"{_capital(at)}, {better} is better than {worse}: {numbers}, {_p_text(item.p_holm)} after Holm{tail}."
     corrected = ", once all comparisons made are allowed for" if not item.interval.low <= 0 <= item.interval.high else ""
     return f"{_capital(at)}, {a} and {b} are not distinguishable{corrected}: {numbers}{tail}."
+
+
+def _at(item: Difference) -> str:
+    """Where the two are equal; who has one configuration alone did not choose it."""
+    is_chosen = any(row.place is not None for row in (*item.first.rows, *item.second.rows))
+    return AT[item.axis] if item.axis != "best" or is_chosen else "with one configuration of each"
 
 
 def is_distinguished(item: Difference) -> bool:

@@ -49,6 +49,7 @@ class Configuration:
         params_total: Trainable parameters of the whole model.
         is_confirmed: Whether it was retrained with seeds that chose nothing.
         tuning_trials: Of its arm.
+        gains: Of each seed, the metric minus that of its untrained control; of those where both were measured.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Configuration:
     params_total: int
     is_confirmed: bool
     tuning_trials: int | None
+    gains: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -222,6 +224,7 @@ class Comparison:
         verdicts: One sentence for each axis, headline axis first.
         headline: The first line of reports and notes.
         commands: What produced it.
+        total_ratios: As `ratios` on the axis of parameters, of all trainable parameters in the place of the encoder's.
     """
 
     name: str
@@ -242,3 +245,4 @@ class Comparison:
     verdicts: Mapping[str, str]
     headline: str
     commands: tuple[str, ...]
+    total_ratios: tuple[Ratio, ...] = ()

@@ -6,7 +6,6 @@ stands apart from what was screened, which is one seed a run and the best of sev
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from statistics import fmean
 
 from crate_ray.analysis.comparison.gates import compare_digest, is_loss
@@ -45,13 +44,21 @@ def _one_protocol(rows: Sequence[RunRow]) -> list[RunRow]:
 def _curves(rows: Sequence[RunRow], metric: str, *, is_confirmed: bool) -> Iterator[Sensitivity]:
     for key in KEYS:
         for model in dict.fromkeys(row.model for row in rows):
-            placed = [(value, row) for row in rows if row.model == model and (value := setting_of(row, key)) is not None]
+            own = [row for row in rows if row.model == model and setting_of(row, key) is not None]
             for measure in dict.fromkeys([metric, _LIVE]):
-                measured = [(value, row) for value, row in placed if math.isfinite(row.values.get(measure, math.nan))]
-                if len({value for value, _ in measured}) < 2 or (is_loss(measure) and key == "mask_ratio"):
-                    continue
-                yield _along(key, model, measured, measure, metric, is_confirmed=is_confirmed)
-                break
+                found = _varied([row for row in own if math.isfinite(row.values.get(measure, math.nan))], key)
+                if found and not (is_loss(measure) and key == "mask_ratio"):
+                    yield _along(key, found, measure, metric, is_confirmed=is_confirmed)
+                    break
+
+
+def _varied(rows: Sequence[RunRow], key: str) -> list[RunRow]:
+    """The runs of the sweep with most of them in which a setting varies: another sweep may have had other sizes."""
+    sweeps: dict[str | None, list[RunRow]] = {}
+    for row in rows:
+        sweeps.setdefault(row.sweep, []).append(row)
+    varied = [group for group in sweeps.values() if len({setting_of(row, key) for row in group}) > 1]
+    return max(varied, key=lambda group: (len(group), group[0].sweep or ""), default=[])
 
 
 def setting_of(row: RunRow, key: str) -> float | None:
@@ -63,19 +70,18 @@ def setting_of(row: RunRow, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _along(
-    key: str, model: str, placed: Sequence[tuple[float, RunRow]], measure: str, metric: str, *, is_confirmed: bool
-) -> Sensitivity:
-    ordered = sorted(placed, key=lambda pair: pair[0])
-    by_value = {value: [row for _, row in group] for value, group in groupby(ordered, key=lambda pair: pair[0])}
+def _along(key: str, rows: Sequence[RunRow], measure: str, metric: str, *, is_confirmed: bool) -> Sensitivity:
+    by_value: dict[float, list[RunRow]] = {value: [] for value in sorted({setting_of(row, key) or 0.0 for row in rows})}
+    for row in rows:
+        by_value[setting_of(row, key) or 0.0].append(row)
     return Sensitivity(
         key=key,
-        family=ordered[0][1].family,
+        family=rows[0].family,
         values=tuple(by_value),
         metric=tuple(_best(rows, measure) for rows in by_value.values()),
         counts=tuple(len(rows) for rows in by_value.values()),
         is_confirmed=is_confirmed,
-        model=model,
+        model=rows[0].model,
         measure=None if measure == metric else measure,
     )
 

@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from crate_ray.analysis.comparison.configurations import model_names
+from crate_ray.analysis.comparison.frontier import NOUNS
+from crate_ray.analysis.comparison.gates import beats_control, names_text, without_gain
 from crate_ray.analysis.comparison.hypotheses import AT, LEAST_PAIRS, WITHIN, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
 from crate_ray.analysis.comparison.wording import parameters_text, with_interval
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 
 _NAMED = 6
-_UNITS: Mapping[str, str] = {"params": "encoder parameters", "flops": "training FLOPs", "time": "exclusive hours"}
 _NO_PLACE = {"time": "no exclusive timing pass of both families on the same hardware (`crate-ray time RUN...` makes one)"}
 
 
@@ -71,7 +72,7 @@ def _why_no_pair(axis: Axis, configurations: Sequence[Configuration]) -> str:
         ((first, second) for first in places["crate"] for second in places["vit"]),
         key=lambda pair: abs(math.log(pair[0][0] / pair[1][0])),
     )
-    return f"no two are within {WITHIN:.0%}; the nearest are {a} and {b}, with {x / y:.2f} times the {_UNITS[axis]}"
+    return f"no two are within {WITHIN:.0%}; the nearest are {a} and {b}, with {x / y:.2f} times the {NOUNS[axis]}"
 
 
 def headline(
@@ -83,21 +84,26 @@ def headline(
     measure: Measure,
 ) -> str:
     """The first line of a report: ratios, else the verdict of the axis, else what was measured and why that is no verdict."""
+    failed = without_gain(configurations)
+    control = [f"Not shown to beat its own untrained control: {names_text(failed)}."] if failed else []
     sentences = [item.sentence for item in ratios if item.axis == axis and item.ratio is not None]
-    if sentences:
-        return " ".join(sentences)
-    if any(item.why_no_verdict is None for item in differences if item.axis == axis):
-        return verdict
-    judged = next((item for item in differences if item.why_no_verdict is None), None)
-    return judged.verdict if judged is not None else _measured(configurations, differences, measure)
+    judged = [item for item in differences if item.why_no_verdict is None]
+    if not sentences and any(item.axis == axis for item in judged):
+        sentences = [verdict]
+    elif not sentences and judged:
+        sentences = [judged[0].verdict]
+    elif not sentences:
+        is_shown = all(beats_control(item) for item in configurations)
+        control = ["Each beats its own untrained control."] if is_shown else control
+        sentences = [_measured(configurations, differences, measure)]
+    return " ".join([*sentences, *control])
 
 
 def _measured(configurations: Sequence[Configuration], differences: Sequence[Difference], measure: Measure) -> str:
     ordered = sorted(configurations, key=lambda item: -item.metric.value if measure.scale == 100 else item.metric.value)
     shown = [_line(item, measure) for item in ordered[:_NAMED]]
     more = f"; and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    sentences = [f"No verdict: {_why(configurations, differences)}. Measured {measure.label}: {'; '.join(shown)}{more}."]
-    return " ".join([*sentences, *_controls(configurations)])
+    return f"No verdict: {_why(configurations, differences)}. Measured {measure.label}: {'; '.join(shown)}{more}."
 
 
 def _why(configurations: Sequence[Configuration], differences: Sequence[Difference]) -> str:
@@ -121,24 +127,3 @@ def _line(item: Configuration, measure: Measure) -> str:
     )
     encoder, flops = parameters_text(item.positions["params"] or 0), amount_text(item.positions["flops"] or 0)
     return f"{item.label} {value} with {encoder} encoder parameters and {flops} PFLOPs"
-
-
-def _controls(configurations: Sequence[Configuration]) -> list[str]:
-    judged = {item.label: beats_control(item) for item in configurations}
-    if None in judged.values():
-        return []
-    failed = [label for label, beats in judged.items() if not beats]
-    if failed:
-        return [f"Not shown to beat its own untrained control: {', '.join(failed)}."]
-    return ["Each beats its own untrained control."]
-
-
-def beats_control(item: Configuration) -> bool | None:
-    """Whether it is shown to beat the untrained control: by the interval over seeds, or a single seed's gain over images.
-
-    None where that was not measured.
-    """
-    if len(item.rows) == 1:
-        gain = item.rows[0].intervals.get("gain")
-        return None if gain is None else gain.low > 0
-    return None if item.control is None else item.metric.low > item.control
