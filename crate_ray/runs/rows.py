@@ -29,6 +29,7 @@ _KINDS = ("train", "trial", "control")
 _READERS = 16
 _SEED = "train.seed"
 _FINAL = "final/"
+_RAW_PIXELS = "raw_pixels_top1"  # of the data, and not of a run: it stands beside the values of a report
 _REPORT = re.compile(r"probe_(test|validation)(?!.*_step_\d{8}).*\.json")
 """Of the end of a run; reports on earlier checkpoints have their step in the name."""
 
@@ -344,7 +345,9 @@ def _measured(files: _Files, final: Mapping[str, Any] | None, split: Split | Non
     unlabelled = {key: value for report in reports for key, value in report["values"].items() if _is_label_free(report, key)}
     trained = {key: value for key, value in final["values"].items() if key not in of_probes}
     probed = {key: value for report in chosen for key, value in report["values"].items()}
-    values = {key.removeprefix(_FINAL): decode_number(value) for key, value in {**trained, **unlabelled, **probed}.items()}
+    pixels = {_RAW_PIXELS: report[_RAW_PIXELS] for report in chosen if _RAW_PIXELS in report and "data" not in report}
+    found = {**trained, **unlabelled, **probed, **pixels}
+    values = {key.removeprefix(_FINAL): decode_number(value) for key, value in found.items()}
     helped = {key: int(values.pop(key, 0)) for key in ("rollbacks", "skipped_steps")}
     stamps = {key.removeprefix(_FINAL): stamp for report in reports for key, stamp in report.get("measured_by", {}).items()}
     own = next((report for report in chosen if "data" not in report), None)
