@@ -47,6 +47,9 @@ def set_log(axes: "Axes") -> None:
 
 def png(figure: "Figure", *, dpi: int) -> bytes:
     """The figure as the bytes of a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.set_dpi(dpi)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]  # savefig would draw it twice
     return buffer.getvalue()

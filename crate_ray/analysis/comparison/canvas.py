@@ -7,6 +7,7 @@ that they follow a dark scheme, and identifiers get the picture's name, so that 
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,8 +134,11 @@ def _paper(name: str) -> Iterator[None]:
 
 
 def _svg(figure: "Figure") -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 
@@ -167,6 +171,4 @@ def legend(figure: "Figure", handles: Sequence["Artist"], page: Page) -> None:
 
 def title(figure: "Figure", text: str, page: Page) -> None:
     """A title, broken where the page ends."""
-    import textwrap
-
     figure.suptitle("\n".join(textwrap.wrap(text, page.title_letters)), fontsize=page.font_pt + 1, fontweight="bold")

@@ -4,8 +4,12 @@ In: nothing. Out: types. The report is composed once and rendered twice, as Mark
 different things. Texts are plain; what stands between two backticks is code. Renderers escape everything else.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+_LONG_HEADLINE = 140
+_NEXT_SENTENCE = re.compile(r"(?<=\.) (?=[A-Z])")
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,14 @@ class Document:
     verdicts: Mapping[str, str]
     warnings: Bullets | None
     sections: tuple[Section, ...]
+
+    @property
+    def headline_parts(self) -> tuple[str, str]:
+        """The headline as what stands out and what follows: a long one after its first sentence."""
+        if len(self.headline) <= _LONG_HEADLINE:
+            return self.headline, ""
+        first, *rest = _NEXT_SENTENCE.split(self.headline, maxsplit=1)
+        return first, " ".join(rest)
 
 
 @dataclass(frozen=True)

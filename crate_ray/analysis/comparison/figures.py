@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from crate_ray.analysis.comparison.canvas import Page, drawing
 from crate_ray.analysis.comparison.document import Drawing
 from crate_ray.analysis.comparison.panels import (
-    MOST_DIFFERENCES,
     plot_differences,
     plot_layers,
     plot_sensitivity,
+    shown_differences,
     with_intervals,
 )
 from crate_ray.analysis.comparison.result import Comparison
@@ -90,13 +90,17 @@ def _cost_plan(comparison: Comparison, cost: Cost) -> _Plan | str:
     if cost.axis == "time" and (why := hardware_refusal(comparison)):
         return f"No picture against time: {why}"
     measure = metric_measure(comparison)
-    caption = f"Each point is a configuration, at its mean over seeds; the axis of {cost.noun} is logarithmic."
-    if any(len(point.seeds) == 1 for point in points):
+    num_seeds = {len(point.seeds) for point in points}
+    what = "one run" if num_seeds == {1} else "a configuration, at its mean over seeds"
+    caption = f"Each point is {what}; the axis of {cost.noun} is logarithmic."
+    if 1 in num_seeds:
         caption += " One seed tells nothing of the luck of training."
     if cost.axis is None:
         caption += " Decoders count here and are no part of what is used later; no curve is fitted."
     if refused := [finding.key for finding in comparison.findings if finding.severity == "refused"]:
-        caption += f" Not all points are comparable: runs differ in {', '.join(f'`{key}`' for key in dict.fromkeys(refused))}."
+        caption += (
+            f" Not all of them may be compared, for {', '.join(f'`{key}`' for key in dict.fromkeys(refused))} (see below)."
+        )
     left_out = len(comparison.configurations) - len(points)
     if left_out:
         caption += f" {count_text(left_out, 'configuration')} without this number left out."
@@ -126,8 +130,9 @@ def _differences_plan(comparison: Comparison) -> _Plan | str:
     if not shown:
         return "No picture of differences: none has two pairs of seeds."
     caption = "CRATE minus MAE at equal cost, with its 95% interval over paired seeds; the interval is not corrected, p is."
-    if len(shown) > MOST_DIFFERENCES:
-        caption += f" The first {MOST_DIFFERENCES} of {len(shown)}, in the order declared; the table has all."
+    num_drawn = sum(len(items) for items in shown_differences(comparison).values())
+    if num_drawn < len(shown):
+        caption += f" The first of each axis in the order declared, {num_drawn} of {len(shown)}; the table has all."
     firm = sum(item.why_no_verdict is None for item in shown)
     found = f"{count_text(len(shown), 'difference')} between CRATE and MAE with intervals; {firm} with a verdict."
     return _Plan(plot_differences, "Differences, paired by seed", caption, f"{found} All are in the table.")
@@ -141,7 +146,7 @@ def _sensitivity_plan(comparison: Comparison) -> _Plan | str:
     caption = (
         "Best of the rest of the space at each value. Hollow: of screening runs, exploratory, and flattered by the choice."
     )
-    alt = f"{sentence(metric_measure(comparison).label)} along {', '.join(names)}, by family. All values are in the table."
+    alt = f"What was measured along {', '.join(names)}, by model. All values are in the table."
     return _Plan(plot_sensitivity, "Sensitivity", caption, alt)
 
 

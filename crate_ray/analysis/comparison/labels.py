@@ -2,7 +2,7 @@
 
 In: axes that are drawn and laid out, and points with their names. Out: annotations. Each name, the important first, takes the
 best of a few places around its point: upon no other name or marker, then upon as little of bars and curves as can be. One that
-finds no free place is left out, unless it must stand.
+must stand may lie further off, with a line to its point; another that finds no free place is left out.
 """
 
 from collections.abc import Sequence
@@ -75,9 +75,10 @@ def place_labels(
     for item in named:
         x, y = axes.transData.transform((item.x, item.y))
         width, height = _text_size(axes, item.text, font_pt)
+        distances = _DISTANCES if item.must else _DISTANCES[:1]
         places = [
             (step, _beside(x, y, width, height, direction, _GAP * pixel * distance))
-            for step, (distance, direction) in enumerate((d, way) for d in _DISTANCES for way in _DIRECTIONS)
+            for step, (distance, direction) in enumerate((d, way) for d in distances for way in _DIRECTIONS)
         ]
         costs = [step + _cost(box, inside, np.array(names).reshape(-1, 4), taken_by_markers, dots) for step, box in places]
         best = int(np.argmin(costs))

@@ -5,10 +5,12 @@ the better family; all others are hollow, whatever side they lie on.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from crate_ray.analysis.comparison.canvas import INK, MUTED, PAPER, Page, legend, short, title
+from crate_ray.analysis.comparison.canvas import INK, MUTED, PAPER, Page, legend, model_style, short, title
+from crate_ray.analysis.comparison.hypotheses import is_distinguished
 from crate_ray.analysis.comparison.result import Comparison, Difference, LayerCurve, Sensitivity
 from crate_ray.analysis.comparison.wording import (
     AXIS_NAMES,
@@ -18,10 +20,12 @@ from crate_ray.analysis.comparison.wording import (
     difference_text,
     has_interval,
     metric_measure,
+    model_name,
     p_text,
+    sensitivity_measure,
     sentence,
 )
-from crate_ray.analysis.drawing import FAMILY_COLOURS, LOG_FROM_RATIO, OTHER_SHADES, SHADES, new_figure, plain
+from crate_ray.analysis.drawing import FAMILY_COLOURS, new_figure, plain
 from crate_ray.analysis.objectives import Measure
 
 if TYPE_CHECKING:
@@ -30,9 +34,12 @@ if TYPE_CHECKING:
 
 MOST_DIFFERENCES = 24
 """In a picture; the table has all."""
-SIGNIFICANT = 0.05
 _LINE_INCHES = 0.46
 _HEADING_LINES = 0.8
+_LOG_FROM = 4  # settings such as 0.05, 0.1, 0.2 are ratios
+_MOST_TICKS = 8
+_TICK_GAP = 0.14  # of the axis, so that the numbers below it do not touch
+_MARKERS = "^vP*XhD"
 _FAMILY_MARKERS = {"crate": "o", "vit": "s"}
 
 
@@ -44,13 +51,12 @@ def plot_differences(comparison: Comparison, page: Page) -> "Figure":
         page: Wide or narrow.
     """
     measure = metric_measure(comparison)
-    shown = with_intervals(comparison)[:MOST_DIFFERENCES]
-    groups = {axis: [item for item in shown if item.axis == axis] for axis in dict.fromkeys(item.axis for item in shown)}
+    groups = shown_differences(comparison)
+    shown = [item for items in groups.values() for item in items]
     num_lines = len(shown) + _HEADING_LINES * len(groups)
     figure = new_figure(page.width, 1.7 + _LINE_INCHES * num_lines + (0.3 if page.is_narrow else 0))
     axes = figure.subplots()
-    limit = _limit(shown, measure)
-    axes.set_xlim(-limit, limit)
+    axes.set_xlim(*_limits(shown, measure))
     axes.set_ylim(num_lines - 0.4, -0.3)
     axes.axvline(0, color=MUTED, linewidth=0.9, zorder=1)
     place = 0.0
@@ -79,19 +85,29 @@ def with_intervals(comparison: Comparison) -> list[Difference]:
     return [item for item in comparison.differences if item.interval is not None and has_interval(item.interval)]
 
 
-def _limit(shown: Sequence[Difference], measure: Measure) -> float:
+def shown_differences(comparison: Comparison) -> dict[str, list[Difference]]:
+    """By axis the first of those with an interval, in the order declared, as many of each as there is room for."""
+    found = with_intervals(comparison)
+    axes = list(dict.fromkeys(item.axis for item in found))
+    return {axis: [item for item in found if item.axis == axis][: MOST_DIFFERENCES // len(axes)] for axis in axes}
+
+
+def _limits(shown: Sequence[Difference], measure: Measure) -> tuple[float, float]:
     """Where the axis ends: intervals of two pairs, with t = 12.7, do not stretch it unless there are no others."""
     firm = [item for item in shown if len(item.seeds) > 2] or shown
-    ends = [abs(end) for item in firm if item.interval for end in item.interval]
-    ends += [abs(item.interval.value) for item in shown if item.interval]
-    ends += [abs(end) for item in firm if item.test_noise for end in item.test_noise]
-    return 1.15 * measure.scale * max(end for end in ends if math.isfinite(end)) or 1.0
+    ends = [0.0, *(item.interval.value for item in shown if item.interval)]
+    ends += [end for item in firm for estimate in (item.interval, item.test_noise) if estimate for end in estimate]
+    finite = [measure.scale * end for end in ends if math.isfinite(end)]
+    low, high = min(finite), max(finite)
+    room = 0.1 * (high - low) or 1.0
+    least = 0.2 * max(high, -low)  # on either side of 0, so that both are seen
+    return min(low, -least) - room, max(high, least) + room
 
 
 def _draw_difference(axes: "Axes", place: float, item: Difference, measure: Measure, *, is_larger_better: bool) -> None:
     assert item.interval is not None
     value, low, high = (measure.scale * number for number in item.interval)
-    is_clear = item.why_no_verdict is None and item.p_holm is not None and item.p_holm < SIGNIFICANT
+    is_clear = is_distinguished(item)
     better = "crate" if (value > 0) == is_larger_better else "vit"
     colour = FAMILY_COLOURS[better] if is_clear else INK
     left, right = axes.get_xlim()
@@ -113,6 +129,7 @@ def _write_difference(axes: "Axes", place: float, item: Difference, measure: Mea
     found = f"p {p_text(item.p_holm)}" if page.is_narrow else _found(item, measure)
     size = page.font_pt - (2 if page.is_narrow else 1.5)
     options: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontsize": size, "va": "bottom"}
+    options["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
     axes.text(0, place - 0.18, pair, ha="left", **options)
     axes.text(1, place - 0.18, found, ha="right", color=MUTED, **options)
 
@@ -131,61 +148,69 @@ def _difference_handles(shown: Sequence[Difference]) -> list[Any]:
 
 
 def plot_sensitivity(comparison: Comparison, page: Page) -> "Figure":
-    """The metric along each setting that was varied, a panel a setting.
+    """What was measured along each setting that was varied, a panel a setting and measure.
 
     Args:
         comparison: With a sensitivity.
         page: Wide or narrow.
     """
-    from matplotlib.lines import Line2D
-
-    measure = metric_measure(comparison)
-    keys = list(dict.fromkeys(item.key for item in comparison.sensitivities))
-    figure, panels = _grid(len(keys), page)
-    for axes, key in zip(panels, keys, strict=True):
-        for item in comparison.sensitivities:
-            if item.key == key:
-                _draw_sensitivity(axes, item, measure)
-        axes.set_xlabel(SETTING_NAMES.get(key, key), fontsize=page.font_pt)
+    panels = list(dict.fromkeys((item.key, _measure_axis(comparison, item)) for item in comparison.sensitivities))
+    figure, grid = _grid(len(panels), page)
+    for axes, (key, label) in zip(grid, panels, strict=True):
+        shown = [item for item in comparison.sensitivities if (item.key, _measure_axis(comparison, item)) == (key, label)]
+        for item in shown:
+            _draw_sensitivity(axes, item, sensitivity_measure(comparison, item))
+        _scale_setting(axes, sorted({value for item in shown for value in item.values}))
+        axes.set_xlabel("\n".join(textwrap.wrap(SETTING_NAMES.get(key, key), 24)), fontsize=page.font_pt)
+        axes.set_ylabel("\n".join(textwrap.wrap(label, 30)), fontsize=page.font_pt - 1)
         axes.tick_params(labelsize=page.font_pt - 1)
         plain(axes)
-    figure.supylabel(measure.axis, fontsize=page.font_pt)
-    families = dict.fromkeys(item.family for item in comparison.sensitivities)
-    handles = [
-        Line2D(
-            [],
-            [],
-            marker=_FAMILY_MARKERS.get(f, "^"),
-            color=FAMILY_COLOURS.get(f, OTHER_SHADES[0]),
-            label=FAMILY_NAMES.get(f, f),
-        )
-        for f in families
-    ]
-    if not all(item.is_confirmed for item in comparison.sensitivities):
-        hollow = Line2D([], [], marker="o", color=INK, markerfacecolor=PAPER, linestyle="--", label="hollow: exploratory")
-        handles.append(hollow)
-    legend(figure, handles, page)
-    title(figure, f"{sentence(measure.label)} along one setting, best over the rest", page)
+    legend(figure, _sensitivity_handles(comparison.sensitivities), page)
+    title(figure, "Sensitivity: one setting, best over the rest", page)
     return figure
 
 
+def _measure_axis(comparison: Comparison, item: Sensitivity) -> str:
+    return sensitivity_measure(comparison, item).axis
+
+
+def _scale_setting(axes: "Axes", values: Sequence[float]) -> None:
+    if values[0] > 0 and values[-1] / values[0] >= _LOG_FROM:
+        axes.set_xscale("log")
+    if len(values) > _MOST_TICKS:
+        return
+    at = [float(math.log(value)) if axes.get_xscale() == "log" else value for value in values]
+    ticks = [values[0]]
+    for value, place in zip(values[1:], at[1:], strict=True):
+        if place - at[values.index(ticks[-1])] > _TICK_GAP * (at[-1] - at[0]):
+            ticks.append(value)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _sensitivity_handles(shown: Sequence[Sensitivity]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    models = dict.fromkeys((item.model, item.family) for item in shown)
+    styles = [(model_style(model, family), model_name(model) or FAMILY_NAMES.get(family, family)) for model, family in models]
+    handles = [Line2D([], [], marker=style.marker, color=style.colour, label=name) for style, name in styles]
+    if not all(item.is_confirmed for item in shown):
+        handles.append(
+            Line2D([], [], marker="o", color=INK, markerfacecolor=PAPER, linestyle="--", label="hollow: exploratory")
+        )
+    return handles
+
+
 def _draw_sensitivity(axes: "Axes", item: Sensitivity, measure: Measure) -> None:
-    colour = FAMILY_COLOURS.get(item.family, OTHER_SHADES[0])
+    style = model_style(item.model, item.family)
     ys = [measure.scale * estimate.value for estimate in item.metric]
-    form: dict[str, Any] = {"color": colour, "markerfacecolor": colour if item.is_confirmed else PAPER, "markersize": 6.0}
-    line = "-" if item.is_confirmed else "--"
-    axes.plot(item.values, ys, line, marker=_FAMILY_MARKERS.get(item.family, "^"), linewidth=1.4, zorder=3, **form)
+    face = style.colour if item.is_confirmed else PAPER
+    form: dict[str, Any] = {"color": style.colour, "marker": style.marker, "markerfacecolor": face, "markersize": 6.0}
+    axes.plot(item.values, ys, linestyle="-" if item.is_confirmed else "--", linewidth=1.4, zorder=3, **form)
     for x, estimate in zip(item.values, item.metric, strict=True):
         if has_interval(estimate):
             ends = [measure.scale * estimate.low, measure.scale * estimate.high]
-            axes.plot([x, x], ends, color=colour, linewidth=1.1, zorder=2)
-    if min(item.values) > 0 and max(item.values) / min(item.values) >= LOG_FROM_RATIO:
-        axes.set_xscale("log")
-    if len(item.values) <= 8:
-        ticks = sorted({*item.values, *(axes.get_xticks() if axes.get_label() == "valued" else ())})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_label("valued")
-        axes.minorticks_off()
+            axes.plot([x, x], ends, color=style.colour, linewidth=1.1, zorder=2)
 
 
 def plot_layers(comparison: Comparison, page: Page) -> "Figure":
@@ -198,7 +223,7 @@ def plot_layers(comparison: Comparison, page: Page) -> "Figure":
     from matplotlib.lines import Line2D
 
     measures = list(dict.fromkeys(curve.measure for curve in comparison.layers))
-    styles = _layer_styles(comparison.layers)
+    styles = _layer_styles(comparison)
     figure, panels = _grid(len(measures), page)
     for axes, name in zip(panels, measures, strict=True):
         for curve in comparison.layers:
@@ -220,15 +245,16 @@ def plot_layers(comparison: Comparison, page: Page) -> "Figure":
     return figure
 
 
-def _layer_styles(layers: Sequence[LayerCurve]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each configuration: its family's, in shades."""
+def _layer_styles(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each configuration: its model's, with another marker for a further one of it."""
+    models = {item.label: item.model for item in comparison.configurations}
     styles: dict[str, tuple[str, str]] = {}
-    used: dict[str, int] = {}
-    for curve in layers:
+    for curve in comparison.layers:
         if curve.label not in styles:
-            shades = SHADES.get(curve.family, OTHER_SHADES)
-            number = used[curve.family] = used.get(curve.family, -1) + 1
-            styles[curve.label] = (shades[number % len(shades)], "osD^vP"[len(styles) % 6])
+            style = model_style(models.get(curve.label, ""), curve.family)
+            used = {marker for colour, marker in styles.values() if colour == style.colour}
+            marker = next((m for m in (style.marker, *_MARKERS) if m not in used), style.marker)
+            styles[curve.label] = (style.colour, marker)
     return styles
 
 

@@ -24,6 +24,7 @@ from crate_ray.analysis.comparison.document import (
 )
 from crate_ray.analysis.comparison.report_style import STYLE
 
+_LONG = 32  # letters of a cell that gets a wide column
 _CODE = re.compile(r"`([^`\n]+)`")
 _PAGE = Template("""\
 <!doctype html>
@@ -42,7 +43,8 @@ $style</style>
 <main>
 <header>
 <p class="title">$title</p>
-<h1>$headline_shown</h1>
+<h1>$headline_first</h1>
+$headline_rest
 <p class="lead">$lead</p>
 </header>
 <section aria-label="Verdicts">
@@ -68,10 +70,12 @@ def html(document: Document, drawings: Mapping[str, Drawing]) -> str:
         document: The report.
         drawings: By name, each that the document shows.
     """
+    first, rest = document.headline_parts
     return _PAGE.substitute(
         title=escape(document.title),
         headline=escape(document.headline),
-        headline_shown=inline(document.headline),
+        headline_first=inline(first),
+        headline_rest=f"<p>{inline(rest)}</p>" if rest else "",
         lead=inline(document.lead),
         style=STYLE,
         verdicts="\n".join(
@@ -121,8 +125,10 @@ def _list(block: Bullets) -> str:
 
 @_block.register
 def _table(block: Table) -> str:
+    long = {index for line in block.lines for index, text in enumerate(line) if index in block.texts and len(text) > _LONG}
+
     def cell(index: int, text: str) -> str:
-        kind = "" if index in block.texts else ' class="number"'
+        kind = ' class="long"' if index in long else "" if index in block.texts else ' class="number"'
         # A row is named by its first cell, which stays in sight while the others scroll.
         return f'<th scope="row"{kind}>{inline(text)}</th>' if index == 0 else f"<td{kind}>{inline(text)}</td>"
 

@@ -30,7 +30,9 @@ def markdown(document: Document, drawings: Mapping[str, Drawing], *, folder: str
         folder: Where their files lie, seen from the report.
     """
     verdicts = bullets([f"**{escape(axis)}:** {escape(text)}" for axis, text in document.verdicts.items()])
-    parts = [f"**{escape(document.headline)}**", f"# {escape(document.title)}", escape_line(document.lead), verdicts]
+    first, rest = document.headline_parts
+    headline = f"**{escape(first)}** {escape(rest)}".strip()
+    parts = [headline, f"# {escape(document.title)}", escape_line(document.lead), verdicts]
     if document.warnings is not None:
         parts.append(_list(document.warnings))
     parts += [_section(section, drawings, folder) for section in document.sections]

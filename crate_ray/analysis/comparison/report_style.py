@@ -20,7 +20,7 @@ STYLE = """\
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--font); }
-main { max-width: 64rem; margin: 0 auto; padding: 1.5rem clamp(0.75rem, 4vw, 2rem) 4rem; }
+main { max-width: 70rem; margin: 0 auto; padding: 1.5rem clamp(0.75rem, 4vw, 2rem) 4rem; }
 h1 { font-size: clamp(1.25rem, 1rem + 1.6vw, 1.8rem); line-height: 1.3; margin: 0.2rem 0 0.7rem; text-wrap: pretty; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.6rem 0 0.8rem; padding-top: 0.7rem; border-top: 1px solid var(--grid); }
 p, li, dd { overflow-wrap: anywhere; }
@@ -53,9 +53,10 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.
 caption { caption-side: top; text-align: left; padding: 0.6rem 0.7rem; color: var(--muted); }
 th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--grid); }
 td { max-width: 24rem; min-width: 3.5rem; }
-thead th { background: var(--raised); vertical-align: bottom; }
+thead th { background: var(--raised); vertical-align: bottom; min-width: 4rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
+td.long { min-width: 14rem; max-width: 30rem; }
 th[scope="row"], thead th:first-child { position: sticky; left: 0; background: var(--paper); font-weight: 600;
   min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
 thead th:first-child { background: var(--raised); }
@@ -65,7 +66,7 @@ details p { color: var(--muted); font-size: 0.9rem; }
 @media screen and (max-width: 40rem) {
   figure svg.wide { display: none; }
   figure svg.narrow { display: block; }
-  th[scope="row"], thead th:first-child { min-width: 6.5rem; max-width: 8rem; }
+  th[scope="row"], thead th:first-child { min-width: 8rem; max-width: 9rem; }
   td { min-width: 4.5rem; }
 }
 @media print {
@@ -80,7 +81,7 @@ details p { color: var(--muted); font-size: 0.9rem; }
   figure svg.wide { max-width: 100%; max-height: 22cm; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 6.6pt; }
-  th, td { padding: 0.15rem 0.25rem; min-width: 0; }
+  th, td, td.long, thead th { padding: 0.15rem 0.25rem; min-width: 0; }
   td.number { white-space: normal; }
   th[scope="row"], thead th:first-child { position: static; min-width: 0; max-width: none; }
   details::details-content { content-visibility: visible; block-size: auto; }

@@ -6,11 +6,12 @@ others small and faint. Interval ends of fewer than three seeds do not stretch t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from crate_ray.analysis.comparison.canvas import INK, MUTED, PAPER, Page, Style, legend, model_style, short, title
+from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.labels import Named, place_labels
 from crate_ray.analysis.comparison.result import Axis, Comparison, Configuration, Curve
 from crate_ray.analysis.comparison.wording import (
@@ -23,7 +24,7 @@ from crate_ray.analysis.comparison.wording import (
     sentence,
     source_interval,
 )
-from crate_ray.analysis.drawing import FAMILY_COLOURS, OTHER_SHADES, new_figure, plain
+from crate_ray.analysis.drawing import new_figure, plain
 from crate_ray.analysis.objectives import Measure
 
 if TYPE_CHECKING:
@@ -141,8 +142,7 @@ def plot_cost(comparison: Comparison, cost: Cost, page: Page) -> "Figure":
     main.set_ylim(_trained_range(points, [*_controls(points), pixels] if strip is None else []))
     for curve in curves:
         _draw_curve(main, curve)
-    for point in placed:
-        _draw_point(main, point, page)
+    _draw_points(main, placed, page)
     _draw_references(strip or main, placed, pixels)
     bottom = strip or main
     bottom.set_xlabel(cost.label, fontsize=page.font_pt)
@@ -243,7 +243,7 @@ def _scaled(curve: Curve, cost: Cost, measure: Measure) -> _Line:
 
 
 def _draw_curve(axes: "Axes", line: _Line) -> None:
-    colour = FAMILY_COLOURS.get(line.curve.family, OTHER_SHADES[0])
+    colour = model_style(line.curve.model or "", line.curve.family).colour
     is_law = line.curve.kind == "power_law"
     axes.plot(line.x, line.y, color=colour, linewidth=1.3, linestyle="-" if is_law else "--", zorder=2)
     if line.low and line.high:
@@ -252,29 +252,40 @@ def _draw_curve(axes: "Axes", line: _Line) -> None:
         axes.fill_between(line.x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
 
 
-def _draw_point(axes: "Axes", point: Point, page: Page) -> None:
-    style, is_large = point.style, point.item.is_confirmed
-    size = (8.5 if is_large else 5.5) - (1 if page.is_narrow else 0)
-    alpha = 1.0 if is_large else 0.6
-    if point.ends is not None:
-        low, high = point.ends
-        cap = 0 if point.is_over_images else 3.5
-        spread: dict[str, Any] = {"color": style.colour, "alpha": alpha, "capsize": cap, "elinewidth": 1.3, "zorder": 3}
-        errors = [[max(0.0, point.y - low)], [max(0.0, high - point.y)]]
-        bars = axes.errorbar(point.x, point.y, errors, fmt="none", **spread)
-        if point.is_over_images:
-            bars[2][0].set_linestyle(":")
-    if len(point.seeds) > 1:
-        axes.plot([point.x] * len(point.seeds), point.seeds, ".", color=style.colour, markersize=3.2, alpha=0.5, zorder=3)
-    edge: dict[str, Any] = {"markeredgecolor": PAPER, "markeredgewidth": 0.8}
-    axes.plot(point.x, point.y, style.marker, color=style.colour, markersize=size, alpha=alpha, zorder=4, **edge)
+def _draw_points(axes: "Axes", points: Sequence[Point], page: Page) -> None:
+    """Means with their intervals and seeds; those that are drawn alike at once."""
+    alike: dict[tuple[Style, bool, bool], list[Point]] = {}
+    for point in points:
+        alike.setdefault((point.style, point.item.is_confirmed, point.is_over_images), []).append(point)
+    for (style, is_large, is_over_images), group in alike.items():
+        size = (8.5 if is_large else 5.5) - (1 if page.is_narrow else 0)
+        form: dict[str, Any] = {"color": style.colour, "alpha": 1.0 if is_large else 0.6}
+        _draw_intervals(axes, [p for p in group if p.ends is not None], form, is_over_images=is_over_images)
+        seeds = [(p.x, value) for p in group if len(p.seeds) > 1 for value in p.seeds]
+        if seeds:
+            axes.plot(*zip(*seeds, strict=True), ".", color=style.colour, markersize=3.2, alpha=0.5, zorder=3)
+        edge: dict[str, Any] = {"markeredgecolor": PAPER, "markeredgewidth": 0.8, "linestyle": "", "zorder": 4}
+        axes.plot([p.x for p in group], [p.y for p in group], marker=style.marker, markersize=size, **form, **edge)
+
+
+def _draw_intervals(axes: "Axes", points: Sequence[Point], form: Mapping[str, Any], *, is_over_images: bool) -> None:
+    ends = [(max(0.0, p.y - p.ends[0]), max(0.0, p.ends[1] - p.y)) for p in points if p.ends is not None]
+    if not ends:
+        return
+    bars = axes.errorbar(
+        [p.x for p in points], [p.y for p in points], list(zip(*ends, strict=True)),
+        fmt="none", capsize=0 if is_over_images else 3.5, elinewidth=1.3, zorder=3, **form,
+    )  # fmt: skip
+    if is_over_images:
+        bars[2][0].set_linestyle(":")
 
 
 def _draw_references(axes: "Axes", points: Sequence[Point], pixels: float | None) -> None:
-    for point in points:
-        if point.control is not None:
-            hollow: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": point.style.colour, "markersize": 5.5}
-            axes.plot(point.x, point.control, point.style.marker, zorder=2, **hollow)
+    for style in dict.fromkeys(point.style for point in points):
+        at = [(point.x, point.control) for point in points if point.style == style and point.control is not None]
+        if at:
+            hollow: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": style.colour, "markersize": 5.5}
+            axes.plot(*zip(*at, strict=True), linestyle="", marker=style.marker, zorder=2, **hollow)
     if pixels is not None:
         axes.axhline(pixels, color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
     axes.margins(y=0.25)
@@ -323,11 +334,17 @@ def _name_points(axes: "Axes", points: Sequence[Point], curves: Sequence[_Line],
     best = max if comparison.is_larger_better else min
     top = {best((p for p in points if p.item.family == family), key=lambda p: p.y).item.label
            for family in {p.item.family for p in points}}  # fmt: skip
+    names = model_names(p.item.model for p in points)
     named = [
-        Named(short(p.item.label), p.x, p.y, INK, must=p.item.label in top)
+        Named(_short_name(p.item, names), p.x, p.y, INK, must=are_few or p.item.label in top)
         for p in sorted(points, key=lambda p: (p.item.label not in top, p.item.label not in on_front, -p.y))
         if are_few or p.item.label in on_front | top
     ]
     bars = [[(p.x, p.ends[0]), (p.x, p.ends[1])] for p in points if p.ends is not None]
     paths = [list(zip(line.x, line.y, strict=True)) for line in curves]
     place_labels(axes, named, markers=[(p.x, p.y) for p in points], lines=[*bars, *paths], font_pt=page.font_pt - 1.5)
+
+
+def _short_name(item: Configuration, names: Mapping[str, str]) -> str:
+    """The label without the model's name, which the marker tells."""
+    return short(item.label.removeprefix(names[item.model]).strip() or item.label)

@@ -19,8 +19,9 @@ from crate_ray.analysis.comparison.document import (
     Table,
 )
 from crate_ray.analysis.comparison.figures import DIFFERENCES, LAYERS, MAIN, SENSITIVITY
+from crate_ray.analysis.comparison.hypotheses import is_distinguished
 from crate_ray.analysis.comparison.method import method
-from crate_ray.analysis.comparison.result import AXES, Comparison, Configuration, Curve, Difference, Finding, LayerCurve
+from crate_ray.analysis.comparison.result import AXES, Comparison, Configuration, Curve, Difference, LayerCurve
 from crate_ray.analysis.comparison.scatter import COSTS
 from crate_ray.analysis.comparison.wording import (
     AXIS_NAMES,
@@ -41,6 +42,7 @@ from crate_ray.analysis.comparison.wording import (
     parameters_text,
     read_text,
     seeds_text,
+    sensitivity_measure,
     sentence,
     source_interval,
     with_interval,
@@ -49,7 +51,6 @@ from crate_ray.analysis.objectives import Measure, amount_text, value_text
 
 _SHOWN_WARNINGS = 6
 _FOLD_FROM = 8  # names in a list
-_SHOWN_VALUES, _SHOWN_NAMES = 6, 4  # of a finding
 
 
 def compose(comparison: Comparison, absent: Mapping[str, str]) -> Document:
@@ -92,12 +93,18 @@ def _verdicts(comparison: Comparison) -> dict[str, str]:
     has_time = any(item.positions.get("time") is not None for item in comparison.configurations)
     if not has_time and "crate-ray time" not in texts["time"]:
         texts["time"] = f"{texts['time']} {NO_TIME}"
-    return {sentence(_axis_name(axis)): text for axis, text in texts.items()}
+    return {(name := _axis_name(axis)): _without(name, text) for axis, text in texts.items()}
 
 
 def _axis_name(axis: str) -> str:
     name = AXIS_NAMES.get(axis, axis)
-    return f"at {name}" if name.startswith("equal") else name
+    return sentence(f"at {name}" if name.startswith("equal") else name)
+
+
+def _without(name: str, text: str) -> str:
+    """A verdict without the axis that it begins with, which stands before it."""
+    rest = text.removeprefix(name)
+    return sentence(rest.lstrip(":, ")) if rest[:1] in (":", ",") else text
 
 
 def _warnings(comparison: Comparison) -> Bullets | None:
@@ -136,13 +143,19 @@ def _configurations_table(comparison: Comparison) -> Table:
     measure = metric_measure(comparison)
     over_images = [source_interval(item, comparison.metric) for item in comparison.configurations]
     has_images = any(over_images)
-    header = ["configuration", "model", f"{measure.axis}, mean" + (" [95% over seeds]" if most_seeds(comparison) > 1 else "")]
+    is_named = all(item.label.startswith(model_name(item.model)) for item in comparison.configurations)
+    header = [
+        "configuration",
+        *([] if is_named else ["model"]),
+        f"{metric_name(comparison.metric)}{f' ({measure.unit})' if measure.unit else ''}, mean"
+        + (" [95% over seeds]" if most_seeds(comparison) > 1 else ""),
+    ]
     header += ["95% over test images"] if has_images else []
     header += ["seeds", "untrained", "encoder params", "total params", "PFLOPs", "hours", "tuning trials", "confirmed"]
     lines = [
         (
             item.label,
-            model_name(item.model),
+            *([] if is_named else [model_name(item.model)]),
             with_interval(measure, item.metric),
             *([_ends(measure, item, comparison.metric)] if has_images else []),
             seeds_text(item.seeds),
@@ -154,7 +167,7 @@ def _configurations_table(comparison: Comparison) -> Table:
         for item in comparison.configurations
     ]
     caption = "Each configuration, its cost, and what its tuning was allowed."
-    return Table(caption, tuple(header), tuple(lines), frozenset({0, 1}))
+    return Table(caption, tuple(header), tuple(lines), frozenset({0} if is_named else {0, 1}))
 
 
 def _ends(measure: Measure, item: Configuration, metric: str) -> str:
@@ -179,13 +192,16 @@ def _differences(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Blo
     unit = f" ({measure.difference_unit})" if measure.difference_unit else ""
     has_dropped = any(item.dropped for item in comparison.differences)
     header = ("equal in", "CRATE", "MAE", f"CRATE minus MAE{unit} [95%]", "pairs", "p", "p (Holm)",
-              "test-set noise [95%]", *(("left out",) if has_dropped else ()), "verdict")  # fmt: skip
+              "test-set noise [95%]", "result", *(("left out",) if has_dropped else ()))  # fmt: skip
     texts = frozenset({0, 1, 2, *range(8, len(header))})
-    lines = tuple(_difference_cells(item, measure, has_dropped=has_dropped) for item in comparison.differences)
+    lines = tuple(
+        _difference_cells(item, measure, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped)
+        for item in comparison.differences
+    )
     return (_picture(DIFFERENCES, absent), Table("Every hypothesis that was declared, in that order.", header, lines, texts))
 
 
-def _difference_cells(item: Difference, measure: Measure, *, has_dropped: bool) -> tuple[str, ...]:
+def _difference_cells(item: Difference, measure: Measure, *, is_larger_better: bool, has_dropped: bool) -> tuple[str, ...]:
     dropped = "; ".join(f"seed {seed}: {why}" for seed, why in item.dropped.items()) or "-"
     return (
         AXIS_NAMES[item.axis].removeprefix("equal "),
@@ -196,9 +212,18 @@ def _difference_cells(item: Difference, measure: Measure, *, has_dropped: bool) 
         p_text(item.p_value),
         p_text(item.p_holm),
         difference_text(measure, item.test_noise),
+        _result(item, is_larger_better=is_larger_better),
         *((dropped,) if has_dropped else ()),
-        item.verdict,
     )
+
+
+def _result(item: Difference, *, is_larger_better: bool) -> str:
+    """Who is better, with what a reader must know with it; or why nobody can say."""
+    if item.why_no_verdict is not None or item.interval is None:
+        return f"no verdict: {item.why_no_verdict}"
+    is_first = (item.interval.value > 0) == is_larger_better
+    winner = ("CRATE better" if is_first else "MAE better") if is_distinguished(item) else "not distinguishable"
+    return f"{winner}; {', '.join(item.flags)}" if item.flags else winner
 
 
 def _ratios(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
@@ -209,20 +234,20 @@ def _ratios(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, .
         )
         blocks.append(Bullets(items))
     else:
-        blocks.append(Paragraph("No ratio: it takes two configurations or more of each family."))
+        blocks.append(Paragraph("No ratio: it takes configurations of both families that may be compared."))
     if comparison.curves:
         blocks.append(_fronts_table(comparison.curves))
     return (*blocks, *(_picture(cost.name, absent) for cost in COSTS[1:]))
 
 
 def _fronts_table(curves: Sequence[Curve]) -> Table:
-    header = ("over", "family", "curve", "on the front, by rising cost", "parameters of the fit [95%]")
+    header = ("over", "model", "curve", "on the front, by rising cost", "parameters of the fit [95%]")
     lines = tuple(
         (
             AXIS_UNITS[curve.axis],
-            FAMILY_NAMES.get(curve.family, curve.family),
+            model_name(curve.model) if curve.model else FAMILY_NAMES.get(curve.family, curve.family),
             "power law" if curve.kind == "power_law" else "front, joined over log cost",
-            ", ".join(curve.front),
+            _front(curve),
             "; ".join(
                 f"{name} {amount_text(value)} [{amount_text(low)}, {amount_text(high)}]"
                 for name, (value, low, high) in curve.parameters.items()
@@ -231,30 +256,39 @@ def _fronts_table(curves: Sequence[Curve]) -> Table:
         )
         for curve in curves
     )
-    return Table("What each family reaches, inside what was measured.", header, lines, frozenset(range(5)))
+    return Table("What each model reaches, inside what was measured.", header, lines, frozenset(range(5)))
+
+
+def _front(curve: Curve) -> str:
+    """The configurations on a front, the model named once."""
+    name = f"{model_name(curve.model)} "
+    return ", ".join(label.removeprefix(name) for label in curve.front)
 
 
 def _sensitivity(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
     if not comparison.sensitivities:
         return (_picture(SENSITIVITY, absent),)
-    measure = metric_measure(comparison)
     lines = tuple(
         (
             SETTING_NAMES.get(item.key, item.key),
-            FAMILY_NAMES.get(item.family, item.family),
+            model_name(item.model) if item.model else FAMILY_NAMES.get(item.family, item.family),
             value_text(value),
-            with_interval(measure, estimate),
+            sensitivity_measure(comparison, item).axis,
+            with_interval(sensitivity_measure(comparison, item), estimate),
             str(count),
             "confirmed" if item.is_confirmed else "exploratory",
         )
         for item in comparison.sensitivities
         for value, estimate, count in zip(item.values, item.metric, item.counts, strict=True)
     )
-    header = ("setting", "family", "value", f"{measure.axis}, best", "runs", "evidence")
+    header = ("setting", "model", "value", "metric", "best", "runs", "evidence")
     blocks: list[Block] = [_picture(SENSITIVITY, absent)]
     if not all(item.is_confirmed for item in comparison.sensitivities):
         blocks.append(Paragraph("Exploratory values are the best of several screening runs on one seed, which flatters them."))
-    return (*blocks, Table("The metric along one setting.", header, lines, frozenset({0, 1, 5})))
+    return (
+        *blocks,
+        Table("Best over the rest of the space, at each value of one setting.", header, lines, frozenset({0, 1, 3, 6})),
+    )
 
 
 def _layers(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
@@ -315,9 +349,8 @@ def _correlation(value: float | None) -> str:
 def _findings(comparison: Comparison) -> tuple[Block, ...]:
     blocks: list[Block] = []
     if comparison.findings:
-        lines = tuple((item.severity, f"`{item.key}`", item.text, _values(item)) for item in comparison.findings)
-        header = ("", "key", "what it means", "values")
-        blocks.append(Table("What the runs do not share, or lack.", header, lines, frozenset(range(4))))
+        blocks.append(Paragraph("What the runs do not share, or lack:"))
+        blocks.append(Bullets(tuple((f"{sentence(item.severity)}, `{item.key}`:", item.text) for item in comparison.findings)))
     else:
         blocks.append(Paragraph("Nothing is refused or flagged: the runs agree in all that they must share."))
     by_reason: dict[str, list[str]] = {}
@@ -340,16 +373,6 @@ def _counted(names: Sequence[str]) -> str:
 
 def _ended(text: str) -> str:
     return text.strip().rstrip(".")
-
-
-def _values(finding: Finding) -> str:
-    parts = []
-    for value, names in list(finding.values.items())[:_SHOWN_VALUES]:
-        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        parts.append(f"{value}: {', '.join(names[:_SHOWN_NAMES])}{more}")
-    if len(finding.values) > _SHOWN_VALUES:
-        parts.append(f"{len(finding.values) - _SHOWN_VALUES} more values")
-    return "; ".join(parts)
 
 
 def _commands(comparison: Comparison) -> tuple[Block, ...]:

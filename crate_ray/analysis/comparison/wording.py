@@ -7,7 +7,7 @@ or a unit.
 import math
 from collections.abc import Mapping, Sequence
 
-from crate_ray.analysis.comparison.result import Axis, Comparison, Configuration
+from crate_ray.analysis.comparison.result import Axis, Comparison, Configuration, Sensitivity
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 from crate_ray.runs.rows import Estimate
 
@@ -71,6 +71,11 @@ def measure_of(name: str, judged_split: str | None) -> Measure:
     if "top1" in name:
         return Measure(name, label, 100, 1, "%", "points")
     return Measure(name, label, 1, 4 if "loss" in name else None)
+
+
+def sensitivity_measure(comparison: Comparison, item: Sensitivity) -> Measure:
+    """Of what a sensitivity is. A screening is judged on validation, whatever the comparison is judged on."""
+    return measure_of(item.measure or comparison.metric, comparison.judged_split if item.is_confirmed else "validation")
 
 
 def sentence(text: str) -> str:
