@@ -6,6 +6,7 @@ from crate_ray.tracking.experiment import initialise
 from crate_ray.tracking.mirror import Mirror, MirrorSummary
 from crate_ray.tracking.query import ExperimentRows, rows_of_experiment
 from crate_ray.tracking.reap import SILENT_SECONDS, reap
+from crate_ray.tracking.registry import Registration, check_names, find_registry, register_run
 from crate_ray.tracking.server import Server, serve
 from crate_ray.tracking.sync import SyncResult, sync
 from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
@@ -18,13 +19,17 @@ __all__ = [
     "LoggedComparison",
     "Mirror",
     "MirrorSummary",
+    "Registration",
     "Server",
     "SyncResult",
+    "check_names",
     "default_artifact_root",
     "default_uri",
+    "find_registry",
     "initialise",
     "log_comparison",
     "reap",
+    "register_run",
     "rows_of_experiment",
     "serve",
     "sync",

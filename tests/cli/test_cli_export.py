@@ -101,3 +101,33 @@ def test_the_metadata_holds_the_whole_configuration(invoke, trained, tmp_path):
     invoke("export", folder.uri, tmp_path / "a.safetensors", "--format", "safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["config"]) == model.config.model_dump(mode="json")
+
+
+@pytest.mark.slow
+def test_a_registered_checkpoint_has_a_version_and_an_alias_and_again_no_second_one(invoke, trained, tmp_path):
+    from crate_ray.runs import Lease
+
+    folder, _ = trained
+    Lease.take(folder).end("FINISHED")
+    arguments = ["export", folder.uri, tmp_path / "a.safetensors", "--format", "safetensors", "--force"]
+    arguments += ["--register", "digits", "--alias", "best", "--uri", f"sqlite:///{tmp_path}/mlflow.db", "--json"]
+    first, again = (json.loads(invoke(*arguments).out)["registered"] for _ in range(2))
+    assert (first["name"], first["version"], first["alias"], first["is_new"]) == ("digits", 1, "best", True)
+    assert again == {**first, "is_new": False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--alias", "best"], "add --register NAME"),
+        (["--register", "a/b"], "is no name of a registered model"),
+        (["--register", "a", "--alias", "latest"], "is no alias"),
+        (["--register", "a", "--uri", "http://127.0.0.1:9"], "does not answer; start it, or leave --register out"),
+    ],
+)
+def test_a_registration_that_cannot_be_is_refused_before_a_file_is_written(invoke, trained, tmp_path, arguments, says):
+    out = tmp_path / "a.safetensors"
+    result = invoke("export", trained[0].uri, out, "--format", "safetensors", *arguments)
+    assert result.code == 2
+    assert says in result.err
+    assert not out.exists()
