@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import flags, is_within, refusals
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference
 from crate_ray.analysis.objectives import Measure, count_text
@@ -192,13 +193,25 @@ def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
         return f"No verdict on {a} and {b} {at}: {item.why_no_verdict}{measured}."
     assert item.interval is not None
     assert item.p_holm is not None
-    numbers = f"{_interval_text(item.interval, measure)} over {len(item.seeds)} paired seeds"
-    tail = f"; {', '.join(item.flags)}" if item.flags else ""
+    tail = "; ".join([f" over {len(item.seeds)} paired seeds", *_costs(item), *item.flags])
     if is_distinguished(item):
-        better, worse = (a, b) if (item.interval.value > 0) == larger else (b, a)
-        return f"{_capital(at)}, {better} is better than {worse}: {numbers}, {_p_text(item.p_holm)} after Holm{tail}."
+        is_first = (item.interval.value > 0) == larger
+        better, worse = (a, b) if is_first else (b, a)
+        margin = item.interval if item.interval.value > 0 else Estimate(*(-item.interval[i] for i in (0, 2, 1)))
+        numbers = _interval_text(margin, measure).removeprefix("+")
+        return f"{_capital(at)}, {better} is better than {worse} by {numbers}, {_p_text(item.p_holm)} after Holm,{tail}."
     corrected = ", once all comparisons made are allowed for" if not item.interval.low <= 0 <= item.interval.high else ""
-    return f"{_capital(at)}, {a} and {b} are not distinguishable{corrected}: {numbers}{tail}."
+    return f"{_capital(at)}, {a} and {b} are not distinguishable{corrected}: {_interval_text(item.interval, measure)}{tail}."
+
+
+def _costs(item: Difference) -> list[str]:
+    """What the first costs beside the second, where nothing is held equal."""
+    if item.axis != "best":
+        return []
+    axes: tuple[Axis, ...] = ("params", "flops")
+    places = [(axis, item.first.positions[axis], item.second.positions[axis]) for axis in axes]
+    told = [f"{first / second:.2f} times the {NOUNS[axis]}" for axis, first, second in places if first and second]
+    return [f"{item.first.label} has {' and '.join(told)}"] if told else []
 
 
 def _at(item: Difference) -> str:

@@ -71,11 +71,18 @@ def test_every_baseline_has_a_curve_and_a_ratio_of_its_own_on_every_axis(whole: 
     }
 
 
+def test_the_ratio_of_all_parameters_stands_beside_that_of_the_encoder(whole: Comparison) -> None:
+    assert [item.baseline for item in whole.total_ratios] == ["mae", "mae_all_tokens"]
+    encoder = next(item for item in whole.ratios if (item.axis, item.baseline) == ("params", "mae"))
+    assert whole.total_ratios[0].ratio == pytest.approx(encoder.ratio), "twice the encoder in either family here"
+    assert "of the trainable parameters, decoder included, of MAE (facebook) at" in whole.total_ratios[0].sentence
+
+
 def test_where_no_ratio_can_be_had_the_verdict_of_the_axis_is_the_headline() -> None:
     comparison = compare(synthetic_rows({"crate_mae": Law(b=0.05), "mae": Law()}, widths=(128,)), name="made")
     assert all(item.ratio is None for item in comparison.ratios)
     assert comparison.headline == comparison.verdicts["params"]
-    assert comparison.headline.startswith("At equal encoder parameters, CRATE-MAE 4x128 is better than MAE 4x128: +")
+    assert comparison.headline.startswith("At equal encoder parameters, CRATE-MAE 4x128 is better than MAE 4x128 by ")
 
 
 def test_one_seed_reads_as_what_was_measured_and_why_that_is_no_verdict() -> None:
@@ -142,6 +149,16 @@ def test_a_screening_without_the_metric_tells_of_sensitivity_by_knn() -> None:
     rows = [*synthetic_rows(LAWS, widths=(128,)), *(screened(mask) for mask in (0.5, 0.75))]
     [item] = compare(rows, name="made").sensitivities
     assert (item.measure, [estimate.value for estimate in item.metric]) == ("eval_knn_top1", [0.5, 0.75])
+
+
+def test_a_setting_is_followed_within_the_sweep_that_varied_it() -> None:
+    """Another sweep with larger models all at one mask ratio says nothing of mask ratios."""
+    settings_ = [{"mask_ratio": mask} for mask in (0.5, 0.75)]
+    rows = synthetic_screening("crate_mae", Law(), widths=(64,), settings=settings_, sweep="masks")
+    rows += synthetic_screening("crate_mae", Law(), widths=(128, 256, 512), settings=settings_[:1], sweep="sizes")
+    [item] = compare([*rows, *synthetic_rows(LAWS, widths=(128,))], name="made").sensitivities
+    assert item.counts == (1, 1)
+    assert item.metric[0].value == item.metric[1].value == Law().at(48 * 64**2 / 1e6)
 
 
 def test_the_loss_has_no_sensitivity_to_the_mask_ratio_which_changes_its_question() -> None:

@@ -1,5 +1,6 @@
 """What may not be compared is refused by the key in which it differs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -151,6 +152,26 @@ def test_runs_that_were_helped_or_came_from_a_changed_checkout_are_named() -> No
     assert finding(comparison, "interventions").severity == "flagged"
     assert finding(comparison, "dirty").severity == "noted"
     assert "helped past steps without finite numbers" in comparison.differences[0].verdict
+
+
+def test_runs_that_ended_without_a_number_are_named_for_the_rest_is_the_luckier_part() -> None:
+    def broken(row: RunRow) -> RunRow:
+        value = {1001: math.nan, 1002: math.inf}.get(row.seed, row.values["probe_top1"])
+        return replace(row, values={**row.values, "probe_top1": value})
+
+    comparison = made(broken)
+    finals = finding(comparison, "finals")
+    assert finals.severity == "flagged"
+    assert {word: len(names) for word, names in finals.values.items()} == {"NaN": 2, "infinite": 2}
+    assert {name: comparison.excluded[name] for name in finals.values["NaN"]} == dict.fromkeys(
+        finals.values["NaN"], "probe_top1 is NaN"
+    )
+
+
+def test_a_model_that_is_not_shown_to_beat_its_untrained_control_is_flagged_and_in_the_headline() -> None:
+    comparison = made(lambda row: replace(row, values={**row.values, "control_top1": row.values["probe_top1"]}, intervals={}))
+    assert finding(comparison, "control").values == {"no gain shown": ("CRATE-MAE 4x128", "CRATE-MAE 4x256")}
+    assert comparison.headline.endswith("Not shown to beat its own untrained control: CRATE-MAE 4x128, CRATE-MAE 4x256.")
 
 
 def test_refusals_stand_before_flags_and_flags_before_notes() -> None:

@@ -40,7 +40,7 @@ def test_the_difference_is_crate_minus_mae_over_the_seeds_that_both_have() -> No
     assert item.interval is not None
     np.testing.assert_allclose(item.interval, (np.mean(np.subtract(crate[:5], mae)), interval.low, interval.high))
     assert math.isclose(item.p_value or 0, expected.pvalue)
-    assert "CRATE-MAE 4x128 is better than MAE 4x128: +2.0 [" in item.verdict
+    assert "CRATE-MAE 4x128 is better than MAE 4x128 by 2.0 [" in item.verdict
     assert "over 5 paired seeds" in item.verdict
 
 
@@ -87,6 +87,28 @@ def test_an_interval_without_zero_is_no_verdict_once_its_number_is_allowed_for()
     pytest.fail("no draw had such a pair")
 
 
+def test_a_winner_is_named_with_what_it_wins_by_whichever_family_it_is() -> None:
+    crate, mae = [0.91, 0.93, 0.92, 0.95, 0.92], [0.9, 0.9, 0.91, 0.92, 0.9]
+    [won], [lost] = on(compare(pair(crate, mae), name="made")), on(compare(pair(mae, crate), name="made"))
+    assert won.interval is not None
+    assert lost.interval == (-won.interval.value, -won.interval.high, -won.interval.low)
+    swap = {"CRATE-MAE 4x128": "MAE 4x128", "MAE 4x128": "CRATE-MAE 4x128"}
+    first, second = (item.verdict.partition(" is better than ") for item in (won, lost))
+    assert (
+        second[0].removeprefix("At equal encoder parameters, ") == swap[first[0].removeprefix("At equal encoder parameters, ")]
+    )
+    assert first[2].partition(" by ")[2] == second[2].partition(" by ")[2] != ""
+
+
+def test_between_the_choices_the_verdict_says_what_they_cost() -> None:
+    rows = pair([0.91, 0.93, 0.92, 0.95, 0.92], [0.9, 0.9, 0.91, 0.92, 0.9], params=(500_000, 2_000_000))
+    [best] = on(compare(rows, name="made"), "best")
+    assert best.verdict.startswith("With one configuration of each, CRATE-MAE 4x128 is better than MAE 4x128 by ")
+    assert "CRATE-MAE 4x128 has 0.25 times the encoder parameters and 0.25 times the training FLOPs" in best.verdict
+    chosen = compare([replace(row, place=1) for row in rows], name="made")
+    assert on(chosen, "best")[0].verdict.startswith("Each as its screening chose it, CRATE-MAE 4x128 is better")
+
+
 def test_a_seed_without_an_end_is_dropped_from_the_pairs_and_named() -> None:
     rows = pair([0.9] * 6, [0.8, 0.81, 0.8, 0.82, 0.8, 0.81])
     rows = [
@@ -96,6 +118,7 @@ def test_a_seed_without_an_end_is_dropped_from_the_pairs_and_named() -> None:
     [item] = on(compare(rows, name="made"))
     assert item.seeds == (0, 1, 3, 4, 5)
     assert item.dropped == {2: "MAE 4x128: probe_top1 is NaN"}
+    assert "1 seed without a pair" in item.verdict
 
 
 def test_each_configuration_meets_the_nearest_within_five_percent_of_each_baseline() -> None:
