@@ -77,7 +77,8 @@ def rank_correlation(measure: Sequence[float], accuracy: Sequence[float]) -> Int
     if len(measure) < FEWEST_RUNS or not ranks.std(axis=1).all():
         return None
     runs = len(measure)
-    r = float(np.corrcoef(ranks)[0, 1])
+    deviations = ranks - ranks.mean(axis=1, keepdims=True)
+    r = float(deviations[0] @ deviations[1] / np.linalg.norm(deviations[0]) / np.linalg.norm(deviations[1]))
     nearest = 1 - 6 / (runs * (runs * runs - 1))  # between 1 and the next correlation that ranks can have; z of 1 is infinite
     z = math.atanh(max(-nearest, min(nearest, r)))
     half = _NORMAL_975 * math.sqrt((1 + r * r / 2) / (runs - 3))

@@ -145,7 +145,7 @@ def judge(
     splits = ((train, train_sources), (validation, validation_sources), (judged, judged_sources))
     mean = [Rows(part.mean_ND, part.labels_N, np.asarray(sources)) for part, sources in splits]
     cls = [Rows(part.cls_ND, part.labels_N, np.asarray(sources)) for part, sources in splits]
-    available = smallest_class(mean[0])
+    available = smallest_class(train.labels_N, train_sources)
     knn_correct_Q = knn_correct(train.mean_ND, train.labels_N, judged.mean_ND, judged.labels_N, device=device)
     return Judgement(
         mean_token=linear_probe(*mean, seed=seed),
@@ -240,11 +240,7 @@ def few_label_probe(
     Raises:
         ConfigError: A class has fewer source images than `per_class`.
     """
-    available = smallest_class(train)
-    if per_class > available:
-        raise ConfigError(
-            f"{per_class} labels a class, but the smallest class has {available} source images; ask for at most {available}"
-        )
+    check_few_labels(train.labels_N, train.sources_N, per_class=per_class)
     chosen_by = np.empty((draws, len(C_GRID)))
     correct = np.empty((draws, len(C_GRID), len(judged.labels_N)), dtype=bool)
     for draw, rows in enumerate(draw_few_labels(train.labels_N, train.sources_N, per_class=per_class, draws=draws, seed=seed)):
@@ -368,10 +364,23 @@ def _correct(fit: "Pipeline", rows: Rows) -> CorrectArray:
     return np.equal(predicted_N, rows.labels_N)
 
 
-def smallest_class(rows: Rows) -> int:
+def check_few_labels(labels_N: LabelArray, sources_N: ArrayLike, *, per_class: int) -> None:
+    """Refuses more labels than a class has.
+
+    Raises:
+        ConfigError: A class has fewer source images than `per_class`.
+    """
+    available = smallest_class(labels_N, sources_N)
+    if per_class > available:
+        raise ConfigError(
+            f"{per_class} labels a class, but the smallest class has {available} source images; ask for at most {available}"
+        )
+
+
+def smallest_class(labels_N: LabelArray, sources_N: ArrayLike) -> int:
     """Source images of the class that has fewest."""
-    names_N = rows.sources_N.astype(str)
-    return min(len(np.unique(names_N[rows.labels_N == c])) for c in np.unique(rows.labels_N))
+    names_N = np.asarray(sources_N).astype(str)
+    return min(len(np.unique(names_N[labels_N == c])) for c in np.unique(labels_N))
 
 
 def _rows_by_source(rows: NDArray[np.intp], sources_N: NDArray[np.generic]) -> list[NDArray[np.intp]]:

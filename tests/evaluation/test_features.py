@@ -6,6 +6,7 @@ import torch
 
 from crate_ray.config import ConfigError, ModelConfig
 from crate_ray.evaluation import extract_features, raw_pixels
+from crate_ray.evaluation.features import joined
 from crate_ray.models import create_model
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -36,6 +37,21 @@ def test_features_are_the_class_token_and_the_mean_of_the_others(model, batches)
     np.testing.assert_allclose(features.cls_ND, latent[:, 0], atol=1e-5)
     np.testing.assert_allclose(features.mean_ND, latent[:, 1:].mean(1), atol=1e-5)
     assert features.labels_N.tolist() == [0, 1, 2, 3]
+
+
+def test_both_tokens_stand_side_by_side_and_parts_join_in_their_order(model, batches):
+    whole = extract_features(model, batches, mean=MEAN, std=STD)
+    np.testing.assert_array_equal(whole.of("both"), np.hstack([whole.of("cls"), whole.of("mean")]))
+    parts = [extract_features(model, [part], mean=MEAN, std=STD) for part in batches]
+    np.testing.assert_array_equal(joined(parts).mean_ND, whole.mean_ND)
+    np.testing.assert_array_equal(joined(parts[::-1]).rows(np.array([1, 2, 3, 0])).labels_N, whole.labels_N)
+
+
+def test_raw_pixels_of_large_images_are_means_over_squares():
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels, _ = raw_pixels([batch(images, [0, 1], [1.0, 1.0])])
+    expected = images.double().reshape(2, 3, 32, 3, 32, 3).mean(dim=(3, 5)).flatten(1) / 255
+    np.testing.assert_allclose(pixels, expected, rtol=1e-5)
 
 
 def test_padding_rows_are_dropped(model, batches):

@@ -18,6 +18,8 @@ from crate_ray.evaluation import (
     linear_probe,
     raw_pixel_probe,
 )
+from crate_ray.evaluation.probes import plain_probe
+from crate_ray.evaluation.protocols import PUBLISHED_PROBES
 
 CLASSES, WIDTH, PLACEMENTS = 3, 6, 2
 
@@ -58,6 +60,16 @@ def test_linear_probe_agrees_with_a_tightly_converged_fit(splits):
     assert result.top1.value == correct.mean()
     assert result.top1.low < result.top1.value < result.top1.high
     assert result.protocol == PROBE_PROTOCOL
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PROBES)
+def test_the_published_probe_is_a_plain_logistic_regression_on_features_as_they_are(splits, name):
+    train, _, judged = splits
+    result = plain_probe(train, judged, PUBLISHED_PROBES[name])
+    model = LogisticRegression(C=1.0, max_iter=10_000, tol=1e-8).fit(train.features_ND, train.labels_N)
+    np.testing.assert_array_equal(result.correct_Q, model.predict(judged.features_ND) == judged.labels_N)
+    assert result.top1.low < result.top1.value < result.top1.high
+    assert result.chosen_c == 1.0
 
 
 def test_raw_pixel_probe_solves_the_problem_it_shortens(splits):
@@ -129,6 +141,7 @@ def test_judge_runs_the_whole_protocol_and_leaves_out_what_the_data_cannot_give(
     assert result.few_labels[10] is not None
     assert result.few_labels[50] is None
     assert result.knn.value > 1 / CLASSES
+    assert result.knn.value == result.knn_correct_Q.mean()
 
 
 def test_rows_that_cannot_be_judged_are_refused():

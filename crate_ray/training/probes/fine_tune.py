@@ -2,8 +2,8 @@
 
 In: a subject and seeds. Out: configurations of runs, half of them the control from random weights; and, once these have
 finished, findings as of any other protocol. The hyperparameters are those of facebookresearch/mae for ViT-B, without its
-RandAugment, random erasing, drop path and mixup, the same for every family: a fixed protocol, not each model's best. An override
-makes another number, so what was overridden stands beside it. Who trains is the caller's.
+RandAugment, random erasing, drop path and mixup, the same for every family: a fixed protocol, not each model's best. An
+override makes another number, so what was overridden stands beside it. Who trains is the caller's.
 """
 
 import math

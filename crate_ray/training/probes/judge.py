@@ -20,7 +20,7 @@ from crate_ray.data import load_index, load_source
 from crate_ray.data.workers import TaskMap
 from crate_ray.evaluation.features import raw_pixels
 from crate_ray.evaluation.intervals import Interval, accuracy_interval
-from crate_ray.evaluation.probes import Rows, raw_pixel_probe, require_scikit_learn
+from crate_ray.evaluation.probes import Rows, check_few_labels, raw_pixel_probe, require_scikit_learn
 from crate_ray.evaluation.protocols import CLASSIFIER, FINE_TUNE, HOUSE, PROTOCOLS, Protocol
 from crate_ray.runs import RunFolder, later_records, read_status
 from crate_ray.training.checkpoint import Checkpoint, pin_checkpoint, unpin_checkpoint
@@ -101,6 +101,9 @@ def check_subject(subject: Subject) -> None:
             f"run '{subject.folder.name}': a probe needs labelled images, and {reason}; measures that need none: "
             "--protocol label-free"
         )
+    if request.few_labels:
+        bank = load_source(split_source(subject.config, "train"))
+        check_few_labels(bank.labels, bank.sources, per_class=max(request.few_labels))
     require_scikit_learn()
 
 
