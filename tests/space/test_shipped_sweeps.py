@@ -15,6 +15,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SHIPPED = {
     "ablation",
     "depth_width",
+    "digits_frontier",
     "digits_show",
     "iso_flops",
     "iso_params",
