@@ -19,7 +19,7 @@ import psutil
 import ray
 import yaml
 from ray._private.state import state
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 LOOK_S = 15.0  # for a process on the head to find the file, its start included
 ANSWER_S = 5  # for the control store
 _HEAD = "node:__internal_head__"
-_GROUP_LABEL = "ray.io/node-group"
 _MONITORS = ("autoscaler/v2/monitor.py", "autoscaler/_private/monitor.py")
 _CONFIG_FLAG = "--autoscaling-config="
 
@@ -45,7 +44,9 @@ def node_groups(nodes: list[dict[str, Any]]) -> tuple[tuple[NodeGroup, ...], int
         The groups, without the head's, and how many nodes of all of them together; nothing where no groups are known.
     """
     config = _config(ray.get_runtime_context().gcs_address, _head_of(nodes))
-    return groups_left(config, Counter(node.get("Labels", {}).get(_GROUP_LABEL, "") for node in nodes))
+    told = _status() if config else None
+    states = [] if told is None else told.cluster_resource_state.node_states
+    return groups_left(config, Counter(node.ray_node_type_name for node in states if node.status != NodeStatus.DEAD))
 
 
 def groups_left(config: Mapping[str, Any], live: Mapping[str, int]) -> tuple[tuple[NodeGroup, ...], int | None]:
@@ -69,6 +70,25 @@ def groups_left(config: Mapping[str, Any], live: Mapping[str, int]) -> tuple[tup
             )
     left = None if most is None else max(0, most - sum(live.get(name, 0) for name in types))
     return tuple(groups), left if groups else None
+
+
+def seat_coordinator() -> None:
+    """Has Ray's coordinator, through which worker groups ask for nodes, started on the head.
+
+    Else it starts beside the first controller that asks, outlives it, and a node that it stands on is never idle: it would not
+    be taken away again.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+    head = _head_of(ray.nodes())  # type: ignore[no-untyped-call]
+    if head is None or head == ray.get_runtime_context().get_node_id():
+        get_or_create_autoscaling_coordinator()
+        return
+    seat = ray.remote(num_cpus=0)(get_or_create_autoscaling_coordinator)
+    try:
+        ray.get(seat.options(scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False)).remote(), timeout=LOOK_S)
+    except ray.exceptions.RayError as error:
+        log.warning("Ray's autoscaling coordinator did not start on the head; the node where it does may stay: %s", error)
 
 
 def _head_of(nodes: list[dict[str, Any]]) -> str | None:
@@ -136,27 +156,28 @@ class Growth:
     Attributes:
         coming: Nodes that were asked of the provider and have not joined, by group.
         since_s: How long ago the oldest of them was asked for; None where none is on its way.
-        failed: Why nodes of a group could not be started, by group.
-        impossible: Demands that no group can hold, or not now; a placement group's by its id.
-        is_known: Whether an autoscaler says these things here.
+        failed: Groups of which a node could not be started; Ray 2.60 passes no reason on.
+        impossible: Placement groups, hexadecimal, that the nodes it may still add cannot hold.
     """
 
     coming: Mapping[str, int] = field(default_factory=dict)
     since_s: float | None = None
-    failed: Mapping[str, str] = field(default_factory=dict)
+    failed: frozenset[str] = frozenset()
     impossible: frozenset[str] = frozenset()
-    is_known: bool = False
 
 
 def growth() -> Growth:
     """What the autoscaler is doing, as of its last round; nothing where the control store does not answer."""
-    client = internal_kv_get_gcs_client()
+    told = _status()
+    return Growth() if told is None else growth_of(told.autoscaling_state)
+
+
+def _status() -> Any:
     try:
-        reply = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
+        return GetClusterStatusReply.FromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=ANSWER_S))
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         log.info("the control store does not say what the autoscaler does: %s", error)
-        return Growth()
-    return growth_of(reply.autoscaling_state)
+        return None
 
 
 def growth_of(told: Any) -> Growth:
@@ -173,7 +194,6 @@ def growth_of(told: Any) -> Growth:
     return Growth(
         coming,
         max(0.0, time.time() - min(asked)) if asked else None,
-        {failed.ray_node_type_name: failed.reason for failed in told.failed_instance_requests},
+        frozenset(failed.ray_node_type_name for failed in told.failed_instance_requests),
         frozenset(gang.details.partition(":")[0] for gang in told.infeasible_gang_resource_requests),
-        told.autoscaler_state_version > 0,
     )

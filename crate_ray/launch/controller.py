@@ -3,6 +3,7 @@
 from typing import Any
 
 import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from crate_ray.launch.placement import free_groups_of
@@ -18,11 +19,17 @@ class ControllerHandle(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """See ControllerCallback."""
-        self._line.put_controller.remote(ray.get_runtime_context().current_actor)
+        # As Ray's own scaling policies name their wish for nodes.
+        self._line.put_controller.remote(ray.get_runtime_context().current_actor, f"train-{train_run_context.run_id}")
 
 
-def end_controller(controller: Any) -> None:
-    """Ends the controller with its workers and their group; by force where it does not listen, as when it waits for room."""
+def end_controller(controller: Any, requester: str) -> None:
+    """Ends the controller with its workers and their group; by force where it does not listen, as when it waits for room.
+
+    Args:
+        controller: Its handle.
+        requester: What its wish for nodes goes by: one that was killed leaves it behind, and nodes would come for minutes.
+    """
     try:
         ray.get(controller.abort.remote(), timeout=ABORT_S)
     except ray.exceptions.GetTimeoutError:
@@ -30,3 +37,4 @@ def end_controller(controller: Any) -> None:
     except ray.exceptions.RayActorError:
         pass  # that is how it ends
     free_groups_of(controller._actor_id.hex())
+    get_or_create_autoscaling_coordinator().cancel_request.remote(requester)

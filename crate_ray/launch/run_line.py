@@ -23,7 +23,7 @@ class RunLine:
         self._pause: str | None = None
         self._released = asyncio.Event()
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._controller: Any = None
+        self._controller: tuple[Any, str] | None = None
 
     async def stop(self) -> None:
         """Asks the run to stop."""
@@ -59,12 +59,12 @@ class RunLine:
         """Lets rank 0 go on."""
         self._released.set()
 
-    async def put_controller(self, controller: Any) -> None:
-        """Keeps the handle of the Train controller."""
-        self._controller = controller
+    async def put_controller(self, controller: Any, requester: str) -> None:
+        """Keeps the handle of the Train controller, and what its wish for nodes goes by."""
+        self._controller = controller, requester
 
-    async def controller(self) -> Any:
-        """The handle of the Train controller; None before it runs."""
+    async def controller(self) -> tuple[Any, str] | None:
+        """What `put_controller` was given; None before the controller runs."""
         return self._controller
 
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from crate_ray import storage
 from crate_ray.config import RunConfig
-from crate_ray.launch.cluster import check_preprocessing, connect, resolve_scale, worker_need
+from crate_ray.launch.cluster import capacity, check_preprocessing, connect, resolve_scale, worker_need
 from crate_ray.runs import Lease, LeaseLostError, RunFolder, State, is_finished
 from crate_ray.training.prepare import absolute_paths, locate_run, prepare_run
 from crate_ray.training.profiling import ProfiledSteps
@@ -66,6 +66,8 @@ def launch_training(
         ConfigError: The run cannot start; nothing was written but a new, empty folder.
         LeaseLostError: Another driver took the run over.
     """
+    from crate_ray.launch.autoscaler import seat_coordinator
+
     config = absolute_paths(config)
     folder = locate_run(config)
     if is_finished(folder):
@@ -75,6 +77,8 @@ def launch_training(
     config = config.model_copy(update={"scale": resolve_scale(config.scale)})
     check_preprocessing(config)
     storage.check_writable(config.storage.path)
+    if capacity(config.scale).may_grow:
+        seat_coordinator()
     with StopSignals() as signals:
         lease = Lease.take(folder)
         with failure_written(lease):
@@ -136,7 +140,7 @@ def _follow(
         on_poll()
         given_up = watch.look()
         if given_up is not None and signals.received is None:
-            fit.abort()
+            fit.tear_down()
             return "FAILED", given_up
         if signals.received is not None:
             fit.stop()
@@ -274,7 +278,7 @@ class Fit:
             if self.is_running():
                 controller = ray.get(self._line.controller.remote(), timeout=EXIT_GRACE_S)
                 if controller is not None:
-                    end_controller(controller)
+                    end_controller(*controller)
                     self.wait(ABORT_S)
         finally:
             ray.kill(self._line)

@@ -104,7 +104,9 @@ def trouble_in_words(doing: Growth, waiting: list[Group]) -> str:
         doing: What the autoscaler does.
         waiting: What there is no room for.
     """
-    parts = [f"{name} could not be started: {reason}" for name, reason in sorted(doing.failed.items())]
+    parts = []
+    if doing.failed:
+        parts.append(f"{', '.join(sorted(doing.failed))} could not be started (monitor.log on the head says why)")
     if any(group.id in doing.impossible for group in waiting):
         parts.append("the autoscaler can add no node that holds it, or no more of them")
     return "; ".join(parts)

@@ -7,12 +7,14 @@ All processes are started by one `ray start --block`, below which they are found
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 START_S = 60
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 IDLE_S = 9.0
+LIFE_S = 900  # whatever becomes of the test
+JOIN_S = 30  # after which a machine that has not joined is given up
+
+
+@contextlib.contextmanager
+def autoscaling(groups: Mapping[str, tuple[int, int, int]], *, most_nodes: int) -> Iterator["Autoscaling"]:
+    """Such a cluster in a folder of its own; nothing is left of it. For the arguments see Autoscaling."""
+    folder = Path(tempfile.mkdtemp(prefix="cr-a-"))
+    cluster = Autoscaling(folder, groups, most_nodes=most_nodes)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Autoscaling:
@@ -44,9 +60,11 @@ class Autoscaling:
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parent),  # of the provider
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": str(JOIN_S),
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -57,7 +75,7 @@ class Autoscaling:
         words += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--node-ip-address={host}"]
         self._log = (folder / "head.log").open("w")
         self._head = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", *words],
+            ["timeout", "--kill-after=20", str(LIFE_S), sys.executable, "-m", "ray.scripts.scripts", *words],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=variables,
@@ -99,7 +117,8 @@ class Autoscaling:
     def log(self) -> str:
         """The end of what the autoscaler wrote."""
         found = sorted(self.folder.glob("ray/session_2*/logs/monitor.log"))
-        return "\n".join(found[-1].read_text().splitlines()[-60:]) if found else ""
+        lines = found[-1].read_text().splitlines() if found else []
+        return "\n".join([line for line in lines if "legacy field" not in line][-60:])
 
     def close(self) -> None:
         """Ends every process of every node."""

@@ -21,6 +21,7 @@ from crate_ray import storage
 from crate_ray.config import ConfigError, ScaleConfig, SchedulerConfig, SweepConfig
 from crate_ray.config.prices import find_price
 from crate_ray.data import load_source
+from crate_ray.launch.autoscaler import seat_coordinator
 from crate_ray.launch.capacity import Capacity
 from crate_ray.launch.cluster import (
     capacity,
@@ -171,6 +172,8 @@ def run_sweep(
     if sweep.scheduler.type == "pbt":
         check_population_fits(sweep.scheduler.population * len(arms(sweep)), sweep.resources_per_trial, have)
     storage.check_writable(storage.join(folder.uri, ".."))
+    if have.may_grow and sweep.resources_per_trial.num_workers > 1:
+        seat_coordinator()
     with StopSignals() as signals:
         lease = Lease.take(folder)
         with failure_written(lease):
