@@ -3,14 +3,15 @@
     python -m benchmarks.seeds_digits --data data/digits --out out/seeds
 
 One run is one plain process with one thread, two at a time; a finished one is not repeated. Prints the mean of
-each recipe with t intervals over seeds, and the paired differences between recipes; OUT/seeds.json keeps all.
+each recipe with t intervals over seeds, and the paired differences between recipes, equal in size or not; OUT/comparison
+holds the report.
 """
 
 import argparse
-import json
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
 RECIPES = ("digits_crate_mae", "digits_mae", "digits_mae_small")
@@ -42,8 +43,12 @@ def run_seed(recipe: str, overrides: list[str]) -> str:
 def main() -> None:
     """Runs all seeds and prints the table."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported here: the pool's processes inherit its threads
-    from crate_ray.analysis import aggregate_seeds, format_table, headline, read_row
+    from crate_ray.analysis.comparison.compare import compare
+    from crate_ray.analysis.comparison.wording import metric_measure, with_interval
+    from crate_ray.analysis.comparison.write import write_comparison
+    from crate_ray.analysis.statistics import paired_t_interval
     from crate_ray.runs import RunFolder
+    from crate_ray.runs.rows import read_run_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/digits")
@@ -57,19 +62,18 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool:
         futures = [pool.submit(run_seed, recipe, [*common, f"train.seed={seed}"]) for recipe, seed in points]
         folders = [RunFolder(future.result()) for future in futures]
-    rows = {seed: [read_row(f) for f, (_, s) in zip(folders, points, strict=True) if s == seed] for seed in SEEDS}
-    summary = aggregate_seeds(rows)
-    for cells in format_table(summary.rows):
-        print(" | ".join(cells))
-    for difference in summary.differences:
-        top1 = difference.top1
-        print(
-            f"{difference.first} - {difference.second}: {100 * top1.mean:+.2f} [{100 * top1.low:+.2f}, {100 * top1.high:+.2f}]"
-        )
-    print(headline(summary.rows, summary.differences))
-    content = {"rows": [asdict(row) for row in summary.rows], "differences": [asdict(item) for item in summary.differences]}
-    content["runs"] = [asdict(row) for seed_rows in rows.values() for row in seed_rows]
-    Path(options.out, "seeds.json").write_text(json.dumps(content, indent=1) + "\n")
+    rows = read_run_rows(folders, split="test").rows
+    found = compare(rows, name="digits", commands=(" ".join(["python -m benchmarks.seeds_digits", *sys.argv[1:]]),))
+    measure = metric_measure(found)
+    for item in found.configurations:
+        print(f"{item.label}: {with_interval(measure, item.metric)}, untrained {measure.text(item.control)}")
+    for first, second in combinations(found.configurations, 2):
+        by_seed = [{row.seed: row.values[found.metric] for row in item.rows} for item in (first, second)]
+        interval = paired_t_interval([by_seed[0][seed] - by_seed[1][seed] for seed in SEEDS])
+        mean, low, high = (measure.difference_text(number) for number in (interval.mean, interval.low, interval.high))
+        print(f"{first.label} - {second.label}: {mean} [{low}, {high}]")
+    print(found.headline)
+    print(write_comparison(found, Path(options.out, "comparison")))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def print_comparison(
 
 
 def as_document(
-    comparison: "Comparison", *, report: Path, logged: "LoggedComparison | None", advice: Sequence[str]
+    comparison: "Comparison", *, report: Path, logged: "LoggedComparison | None" = None, advice: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What a program wants to know; the rows of all runs are in comparison.json and comparison.parquet beside the report."""
     found = _finite(asdict(comparison))

@@ -133,7 +133,7 @@ def _beside(folder: RunFolder, *, is_run: bool) -> Path:
 
 
 def _store_of(folder: RunFolder, runs: Sequence[RunFolder]) -> tuple[str | None, str]:
-    """Store and experiment of the runs, as the first one says that can be read: a server, or a database that lies above them."""
+    """Store and experiment of the runs, as the first readable one says: a server, or a database that lies above them."""
     tracking = _tracking_of(runs)
     uri = tracking.uri
     if uri is None and folder.is_local:

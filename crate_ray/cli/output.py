@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,17 @@ _NUMBER = re.compile(r"(\[[a-z ]+\])?[-+~]?[\d.(]|-?$")
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def link_lines(serve: str, links: Mapping[str, str]) -> list[str]:
+    """How to look at something in MLflow: the command that serves its pages, then their titles and addresses."""
+    return [serve, *(f"{'then' if number == 0 else '':<4} {row}" for number, row in enumerate(link_rows(links)))]
+
+
+def link_rows(links: Mapping[str, str]) -> list[str]:
+    """Titles and addresses, one below the other."""
+    width = max(map(len, links), default=0)
+    return [f"{title:<{width}}  {address}" for title, address in links.items()]
 
 
 def print_text(text: str, *, style: str | None = None) -> None:

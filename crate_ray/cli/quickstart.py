@@ -6,20 +6,26 @@ again it goes on where it stopped; finished, it prints its result.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crate_ray.cli.arguments import Json, Set
-from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.compare import write_report
+from crate_ray.cli.compare_screen import as_document
+from crate_ray.cli.output import console, errors, link_lines, print_json, print_table, print_text
 from crate_ray.config import RunConfig
 
 if TYPE_CHECKING:
+    from crate_ray.analysis.comparison.result import Comparison
+    from crate_ray.cli.study import Study
     from crate_ray.runs import RunFolder
+    from crate_ray.runs.rows import RunRow
 
-# recipe: what figures and tables call it
-RECIPES = {"digits_crate_mae": "CRATE-MAE", "digits_mae": "MAE", "digits_mae_small": "MAE, equal parameters"}
+RECIPES = ("digits_crate_mae", "digits_mae", "digits_mae_small")
+_REPORT, _PIXELS = "probe_test.json", "raw_pixels_top1"
 
 
 def quickstart(
@@ -46,23 +52,34 @@ def quickstart(
         folders: list[RunFolder] = []
         for config in configs:
             with stages.time(f"train {config.recipe}"):
-                outcome = study.train(config)
-            if outcome.state != "FINISHED":
-                from crate_ray.cli.train import exit_code
-
-                errors.print(f"{outcome.folder.name}: {outcome.state} ({outcome.reason}); the same command goes on from there")
-                raise typer.Exit(exit_code(outcome))
-            folders.append(outcome.folder)
+                folders.append(_train(study, config))
         with stages.time("probes on the test split"):
-            result = _compare(folders, out, overrides)
+            _probe(folders)
+            for folder in folders:
+                study.release(folder)
+        with stages.time("comparison"):
+            comparison = _compare(folders, overrides)
+            report, files = write_report(comparison, out)
         with stages.time("MLflow"):
-            _log(study, out, result["headline"])
-    result["links"] = study.links()
-    result["seconds"] = stages.seconds
+            _log(study, report, files, comparison.headline)
     if as_json:
-        print_json(result)
+        found = as_document(comparison, report=report)
+        print_json(
+            {**found, "rows": [row.as_dict() for row in comparison.rows], "links": study.links(), "seconds": stages.seconds}
+        )
     else:
-        _print(result, out)
+        _print(comparison, report, study.links(), stages.seconds)
+
+
+def _train(study: "Study", config: RunConfig) -> "RunFolder":
+    """Trains one model; one that does not come to its end ends the command."""
+    from crate_ray.cli.train import exit_code
+
+    outcome = study.train(config)
+    if outcome.state == "FINISHED":
+        return outcome.folder
+    errors.print(f"{outcome.folder.name}: {outcome.state} ({outcome.reason}); the same command goes on from there")
+    raise typer.Exit(exit_code(outcome))
 
 
 def _config(recipe: str, out: Path, overrides: list[str]) -> RunConfig:
@@ -78,92 +95,81 @@ def _config(recipe: str, out: Path, overrides: list[str]) -> RunConfig:
     return RunConfig.load(recipe, [*defaults, *overrides])
 
 
-def _compare(folders: "list[RunFolder]", out: Path, overrides: list[str]) -> dict[str, Any]:
-    """Probes what was not probed yet, and writes the report."""
-    import json
-
-    from crate_ray.analysis import ReportMeta, compare_parts_of, read_row, write_report
-
-    pixels = _probe(folders, out)
-    rows = [read_row(folder, name=name, raw_pixels_top1=pixels) for folder, name in zip(folders, RECIPES.values(), strict=True)]
-    command = " ".join(["crate-ray quickstart", *(f"--set {item}" for item in overrides)])
-    meta = ReportMeta(
-        title="CRATE-MAE and MAE on the handwritten digits",
-        commands=(command,),
-        fingerprints={row.name: compare_parts_of(folder) for row, folder in zip(rows, folders, strict=True)},
-    )
-    write_report(rows, out, meta)
-    return dict(json.loads((out / "comparison.json").read_text()))
-
-
-def _probe(folders: "list[RunFolder]", out: Path) -> float:
-    import json
-
-    from crate_ray.storage import write_atomic
-
-    cache = out / "raw_pixels.json"
-    names = sorted(folder.name for folder in folders)
-    if cache.exists() and all(folder.read_json("probe_test.json") for folder in folders):
-        held = json.loads(cache.read_text())
-        if held["runs"] == names:
-            return float(held["top1"])
+def _probe(folders: "list[RunFolder]") -> None:
+    """Judges what was not judged yet; the accuracy of raw pixels, which belongs to the data, goes into every report."""
+    if all(_PIXELS in (folder.read_json(_REPORT) or {}) for folder in folders):
+        return
     from crate_ray.launch.features import probe_on_cluster
 
     pixels = probe_on_cluster(folders, split="test")
-    write_atomic(str(cache), json.dumps({"schema_version": 1, "runs": names, "top1": pixels.value}) + "\n")
-    return float(pixels.value)
+    for folder in folders:
+        folder.write_json(_REPORT, {**(folder.read_json(_REPORT) or {}), _PIXELS: pixels.value})
 
 
-def _log(study: Any, out: Path, headline: str) -> None:
+def _compare(folders: "list[RunFolder]", overrides: list[str]) -> "Comparison":
+    from crate_ray.analysis.comparison.compare import compare
+    from crate_ray.analysis.comparison.layers import read_layers
+    from crate_ray.cli.compare_sources import read_answers
+    from crate_ray.runs.rows import read_run_rows
+
+    rows = read_run_rows(folders, split="test").rows
+    command = " ".join(["crate-ray quickstart", *(f"--set {item}" for item in overrides)])
+    return compare(rows, name="quickstart", answers=read_answers(rows, "test"), layers=read_layers, commands=(command,))
+
+
+def _log(study: "Study", report: Path, files: list[str], headline: str) -> None:
     from crate_ray.tracking import log_comparison
 
-    files = ("comparison.json", "comparison.png", "report.md")
-    log_comparison(study.uri, study.experiment, name="quickstart", folder=out, files=files, headline=headline)
+    log_comparison(study.uri, study.experiment, name="quickstart", folder=report.parent, files=files, headline=headline)
 
 
-def _print(result: dict[str, Any], out: Path) -> None:
-    rows = result["rows"]
-    header = ("", *(row["name"] for row in rows))
-    lines = [
-        ("parameters, trainable", *(f"{row['params_trainable']:,}" for row in rows)),
-        ("parameters, encoder", *(f"{row['params_encoder']:,}" for row in rows)),
-        ("training GFLOPs an image", *(f"{row['training_gflops_per_image']:.3f}" for row in rows)),
-        ("images/s", *(_number(row["images_per_s"], ".0f") for row in rows)),
-        ("training seconds", *(f"{row['train_seconds']:.0f}" for row in rows)),
-        ("mask ratio", *(f"{row['mask_ratio']:g}" for row in rows)),
-        ("validation loss", *(_number(row["eval_loss"], ".4f") for row in rows)),
-        ("probe top-1", *(_percent(row["probe_top1"]) for row in rows)),
-        ("untrained encoder", *(f"{100 * row['control_top1']:.1f}%" for row in rows)),
-        ("gain, points", *(_points(row["gain"]) for row in rows)),
-        ("10 labels a class", *(_number(row["fewshot10_top1"], ".1%") for row in rows)),
-        ("50 labels a class", *(_number(row["fewshot50_top1"], ".1%") for row in rows)),
-        ("kNN", *(f"{100 * row['knn_top1']:.1f}%" for row in rows)),
-        ("cls token", *(f"{100 * row['cls_top1']:.1f}%" for row in rows)),
-    ]
-    print_table(header, lines)
-    console.print(f"raw pixels, no model: {100 * rows[0]['raw_pixels_top1']:.1f}%")
-    console.print(result["headline"], style="bold")
-    console.print(f"\nreport   {out / 'report.md'}\nfigure   {out / 'comparison.png'}", soft_wrap=True)
-    console.print(f"MLflow   crate-ray tracking ui {out}", soft_wrap=True)
-    if result["links"]["experiment"]:
-        console.print(f"         then {result['links']['experiment']}", soft_wrap=True)
-    seconds = "  ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
-    console.print(f"time     {seconds}; {sum(result['seconds'].values()):.0f} s in all", style="dim", soft_wrap=True)
+def _print(comparison: "Comparison", report: Path, links: dict[str, Any], seconds: dict[str, float]) -> None:
+    rows = {item.label: item.rows[0] for item in comparison.configurations}
+    print_table(("", *rows), [(name, *(cell(row) for row in rows.values())) for name, cell in _LINES.items()])
+    if comparison.raw_pixels is not None:
+        console.print(f"raw pixels, no model: {comparison.raw_pixels:.1%}")
+    print_text(comparison.headline, style="bold")
+    out = report.parent
+    console.print(f"\nreport   {report}\nfigure   {out / 'figures' / 'encoder_params.png'}", soft_wrap=True)
+    for number, line in enumerate(link_lines(f"crate-ray tracking ui {out}", links["views"])):
+        console.print(f"{'MLflow' if number == 0 else '':<9}{line}", soft_wrap=True)
+    parts = "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"time     {parts}; {sum(seconds.values()):.0f} s in all", style="dim", soft_wrap=True)
 
 
-def _number(value: float | str, form: str) -> str:
-    """A number of comparison.json; one that was not measured is the string "NaN" there."""
-    return "-" if isinstance(value, str) else format(value, form)
+def _value(key: str, form: str) -> "Callable[[RunRow], str]":
+    """A final value; "-" where it was not measured."""
+    return lambda row: format(row.values[key], form) if key in row.values else "-"
 
 
-def _percent(estimate: dict[str, float]) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+def _interval(key: str, *, sign: str = "", unit: str = "%") -> "Callable[[RunRow], str]":
+    """An accuracy, or a difference of two, in percent with its interval over test images."""
+
+    def text(row: "RunRow") -> str:
+        if key not in row.intervals:
+            return "-"
+        value, low, high = (f"{100 * number:{sign}.1f}" for number in row.intervals[key])
+        return f"{value}{unit} [{low}, {high}]"
+
+    return text
 
 
-def _points(estimate: dict[str, float]) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+_LINES: "dict[str, Callable[[RunRow], str]]" = {
+    "parameters, trainable": lambda row: f"{row.params_total:,}",
+    "parameters, encoder": lambda row: f"{row.params_encoder:,}",
+    "training GFLOPs an image": lambda row: f"{row.train_flops_per_image / 1e9:.3f}",
+    "images/s": lambda row: "-" if row.images_per_s is None else f"{row.images_per_s:.0f}",
+    "training seconds": lambda row: f"{3600 * row.train_hours:.0f}",
+    "mask ratio": lambda row: f"{row.settings['mask_ratio']:g}",
+    "validation loss": _value("eval_loss", ".4f"),
+    "probe top-1": _interval("probe_top1"),
+    "untrained encoder": _value("control_top1", ".1%"),
+    "gain, points": _interval("gain", sign="+", unit=""),
+    "10 labels a class": _value("fewshot10_top1", ".1%"),
+    "50 labels a class": _value("fewshot50_top1", ".1%"),
+    "kNN": _value("knn_top1", ".1%"),
+    "cls token": _value("cls_top1", ".1%"),
+}
 
 
 class _Stages:

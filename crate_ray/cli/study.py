@@ -65,7 +65,7 @@ class Tracking:
 
     def links(self) -> dict[str, Any]:
         """Addresses in the tracking UI."""
-        return self._mirror.links() if self._mirror is not None else {"experiment": None, "runs": {}}
+        return self._mirror.links() if self._mirror is not None else {"experiment": None, "views": {}, "runs": {}}
 
 
 class Study:
@@ -122,6 +122,10 @@ class Study:
         if outcome.was_finished:
             self._tracking.follow(outcome.folder)
         return outcome
+
+    def release(self, folder: RunFolder) -> None:
+        """Nothing more is written to this run: the mirror takes what came after its end, and forgets it."""
+        self._tracking.release(folder)
 
     def links(self) -> dict[str, Any]:
         """Addresses in the tracking UI."""

@@ -345,7 +345,7 @@ def _measured(files: _Files, final: Mapping[str, Any] | None, split: Split | Non
     unlabelled = {key: value for report in reports for key, value in report["values"].items() if _is_label_free(report, key)}
     trained = {key: value for key, value in final["values"].items() if key not in of_probes}
     probed = {key: value for report in chosen for key, value in report["values"].items()}
-    pixels = {_RAW_PIXELS: report[_RAW_PIXELS] for report in chosen if _RAW_PIXELS in report and "data" not in report}
+    pixels = {key: report[key] for report in chosen for key in (_RAW_PIXELS,) if key in report and "data" not in report}
     found = {**trained, **unlabelled, **probed, **pixels}
     values = {key.removeprefix(_FINAL): decode_number(value) for key, value in found.items()}
     helped = {key: int(values.pop(key, 0)) for key in ("rollbacks", "skipped_steps")}

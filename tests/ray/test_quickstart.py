@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from crate_ray.tracking.row_tag import unpack_row
+
 pytestmark = pytest.mark.slow
 
 
@@ -27,22 +29,27 @@ def test_quickstart_makes_the_comparison_and_the_same_command_again_repeats_it_f
         "untrained encoder",
         "gain, points",
         "raw pixels",
+        "No verdict: 1 seed",
         "viewStateShareKey",
     ):
         assert line in printed
     comparison = json.loads((out / "comparison.json").read_text())
     rows = {row["recipe"]: row for row in comparison["rows"]}
-    assert rows["digits_crate_mae"]["params_trainable"] == 411_568
-    assert abs(rows["digits_mae_small"]["params_trainable"] / 411_568 - 1) < 0.05
+    assert rows["digits_crate_mae"]["params_total"] == 411_568
+    assert abs(rows["digits_mae_small"]["params_total"] / 411_568 - 1) < 0.05
     assert rows["digits_mae"]["params_encoder"] > 3 * rows["digits_crate_mae"]["params_encoder"]
-    assert (out / "comparison.png").stat().st_size > 10_000
-    assert "| CRATE-MAE |" in (out / "report.md").read_text()
+    assert 0 < comparison["raw_pixels"] < 1
+    assert (out / "figures" / "encoder_params.png").stat().st_size > 10_000
+    assert "| CRATE-MAE 4x128 |" in (out / "report.md").read_text()
 
     with sqlite3.connect(out / "mlflow.db") as database:
         runs = database.execute("select status from runs where lifecycle_stage = 'active'").fetchall()
         finals = database.execute("select count(distinct run_uuid) from metrics where key = 'final/probe_top1'").fetchone()
+        told = database.execute("select run_uuid, value from tags where key = 'crate_ray.row'").fetchall()
     assert runs == [("FINISHED",)] * 4  # three models and the comparison
     assert finals == (3,)
+    assert {unpack_row(text, "test").judged_split for _, text in told} == {"test"}  # told again after the probes
+    assert len(told) == 3
 
     started = time.monotonic()
     again = drive(*command)
