@@ -14,7 +14,21 @@ import typer
 from rich.markup import escape
 
 from crate_ray import __version__
-from crate_ray.cli import compare, data, doctor, export, models, probe, quickstart, runs, sweep, tracking, train, weights
+from crate_ray.cli import (
+    compare,
+    data,
+    doctor,
+    export,
+    models,
+    probe,
+    quickstart,
+    runs,
+    sweep,
+    time_runs,
+    tracking,
+    train,
+    weights,
+)
 from crate_ray.cli.output import errors
 from crate_ray.config import ConfigError
 from crate_ray.runs import LeaseLostError
@@ -27,6 +41,7 @@ app.add_typer(data.app, name="data", short_help="Build, index and inspect shards
 app.command("train", short_help="Train one model; again resumes.")(train.train)
 app.command("sweep", short_help="Many trials with Ray Tune; again resumes.")(sweep.sweep)
 app.command("runs", short_help="List runs and their states.")(runs.runs)
+app.command("time", short_help="Time runs on an idle machine.")(time_runs.time_runs)
 app.command("probe", short_help="Judge finished runs; draw what they see.")(probe.probe)
 app.command("compare", short_help="Is CRATE-MAE worth it: verdicts and a report.")(compare.compare)
 app.command("models", short_help="Parameters, GFLOPs and memory of a model.")(models.models)

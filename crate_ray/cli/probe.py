@@ -144,8 +144,7 @@ def _check(run_folders: list[str], *, pictures: bool, layers: list[int]) -> "lis
 
     folders = [RunFolder(uri) for uri in run_folders]
     for folder in folders:
-        if not folder.exists():
-            raise ConfigError(f"'{folder.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
+        folder.check_exists()
     if len({folder.name for folder in folders}) < len(folders):
         raise ConfigError("two of these run folders have the same name; give each run once")
     if pictures:

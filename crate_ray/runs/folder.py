@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from crate_ray import storage
-from crate_ray.config import SCHEMA_VERSION, RunConfig, dump_yaml, read_yaml
+from crate_ray.config import SCHEMA_VERSION, ConfigError, RunConfig, dump_yaml, read_yaml
 
 _TRIALS = "trials"
 _SWEEP = "sweep.yaml"
@@ -44,6 +44,15 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was created here."""
         return storage.exists(self.path("config.yaml"))
+
+    def check_exists(self) -> None:
+        """Refuses a folder without a run.
+
+        Raises:
+            ConfigError: No run was created here.
+        """
+        if not self.exists():
+            raise ConfigError(f"'{self.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
 
     def read_config(self) -> RunConfig:
         """The resolved configuration; FileNotFoundError when this is no run."""

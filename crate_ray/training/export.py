@@ -72,8 +72,7 @@ def export_run(
             belong to it, a file that exists or cannot be written, or a missing package.
     """
     _check_format(out, format)
-    if not folder.exists():
-        raise ConfigError(f"'{folder.uri}' is not a run folder (it has no config.yaml); `crate-ray runs` lists them")
+    folder.check_exists()
     config, checkpoint = folder.read_config(), latest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(f"run '{folder.name}' has no checkpoint yet; train it first (`crate-ray runs` shows its state)")

@@ -5,6 +5,7 @@ in a scratch folder; evaluation is done beside it, so that its cost is known aft
 a model whose step is slow what ten steps and an evaluation take.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -67,13 +68,29 @@ def time_run(config: RunConfig, *, limit_s: float = 5.0, probe: bool = False) ->
     """
     with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
         folder = RunFolder(scratch)
-        cold = _train(config, folder, limit_s=limit_s, most=MOST_STEPS)
+        cold = _train(_stripped(config), folder, limit_s=limit_s, most=MOST_STEPS)
         step_s = _step_seconds(cold)
         checkpoint = latest_checkpoint(folder)
         assert checkpoint is not None
         evaluation_s, whitebox_s = (0.0, 0.0) if config.data.eval is None else _time_evaluation(config)
         probe_s = _seconds_of_probe(config, checkpoint) if probe else None
     return Timing(step_s, evaluation_s, whitebox_s, probe_s, _frame_seconds(config, cold, statistics.median(step_s)))
+
+
+def time_steps(config: RunConfig, *, steps: int) -> tuple[float, ...]:
+    """Seconds of so many steps after the warm-up, by the loop itself; with one worker, which takes the whole batch.
+
+    Args:
+        config: With paths that hold here.
+        steps: Measured ones.
+
+    Raises:
+        ConfigError: The data cannot be read.
+        OutOfMemory: A step does not fit.
+    """
+    most = WARMUP_STEPS + steps
+    with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
+        return _step_seconds(_train(timed(config, steps=most), RunFolder(scratch), limit_s=math.inf, most=most))
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class _Lap:
 def _train(config: RunConfig, folder: RunFolder, *, limit_s: float, most: int) -> _Lap:
     context = _Stopwatch(limit_s, most)
     started = time.perf_counter()
-    run_training(_stripped(config), folder, context)
+    run_training(config, folder, context)
     return _Lap(started, tuple(context.marks), time.perf_counter())
 
 
@@ -102,16 +119,27 @@ def _frame_seconds(config: RunConfig, cold: _Lap, step_s: float) -> float:
     lap = cold
     if not config.train.compile:
         with tempfile.TemporaryDirectory(prefix="crate-ray-timing-") as scratch:
-            lap = _train(config, RunFolder(scratch), limit_s=0, most=1)
+            lap = _train(_stripped(config), RunFolder(scratch), limit_s=0, most=1)
     return max(0.0, lap.marks[0] - lap.started + lap.ended - lap.marks[-1] - step_s)
 
 
 def _stripped(config: RunConfig) -> RunConfig:
-    """The run without what is timed apart, and without what could end it early."""
-    share = -(-config.train.global_batch // config.scale.max_workers)
+    """What one of the run's workers does, without its communication."""
+    return timed(config, steps=MOST_STEPS, workers=config.scale.max_workers)
+
+
+def timed(config: RunConfig, *, steps: int, workers: int = 1) -> RunConfig:
+    """The run without what is timed apart, and without what could end it early.
+
+    Args:
+        config: The run.
+        steps: It takes at least so many.
+        workers: How many share the batch; one of them is left.
+    """
+    share = -(-config.train.global_batch // workers)
     changes: dict[str, dict[str, Any]] = {
         "data": {"eval": None, "preprocess": None},
-        "train": {"steps": MOST_STEPS + 2, "epochs": None, "global_batch": share, "init_from": None},
+        "train": {"steps": max(steps, MOST_STEPS) + 2, "epochs": None, "global_batch": share, "init_from": None},
         "optimizer": {"lr": _HARMLESS_LR, "base_lr": None},
         "checkpoint": {"every_steps": None, "every_minutes": None},
         "scale": {"num_workers": 1},
