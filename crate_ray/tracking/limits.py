@@ -31,11 +31,11 @@ _Entry = TypeVar("_Entry")
 def valid_key(key: str) -> str:
     """The key with what MLflow refuses replaced; other keys stay as they are.
 
-    Allowed are letters, digits and `_-. :/`; as a path it must be relative, with no empty part, `.` or `..`.
+    Allowed are letters, digits and `_-. :/`; as a path it must be relative, with no empty part or `.`, and not begin with `..`.
     """
     cut = re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
     parts = [part for part in cut.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts) or "_"
+    return re.sub(r"^\.\.", "__", "/".join(parts)) or "_"
 
 
 def valid_text(value: object, limit: int) -> str:

@@ -109,11 +109,13 @@ def test_a_sweep_with_all_its_kinds_arrives_and_a_replay_adds_nothing(
     assert {kind: history(client, run) for kind, run in runs_of(client, experiment).items()} == before
 
 
-def test_a_run_goes_on_in_its_mlflow_run_after_every_restart(store: str, make_run: Any, experiment: str) -> None:
+def test_a_run_goes_on_in_its_mlflow_run_after_every_restart(
+    store: str, make_run: Any, experiment: str, tmp_path: Path
+) -> None:
     folder = make_run()
     for attempt in range(1, 4):
         lease = Lease.take(folder)
-        with Mirror(store, experiment) as mirror:
+        with Mirror(store, experiment, artifact_root=tmp_path.as_uri()) as mirror:
             mirror.follow(folder)
             writer = RecordWriter(folder, lease.attempt)
             for step in range(4 * attempt, 4 * attempt + 8):  # half of them are steps of the attempt before
