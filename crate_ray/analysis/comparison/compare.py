@@ -13,6 +13,7 @@ from crate_ray.analysis.comparison.configurations import Sorted, model_names, so
 from crate_ray.analysis.comparison.frontier import NOUNS, SizePoint, fit_curve, ratio_at_equal
 from crate_ray.analysis.comparison.gates import (
     IMAGES_WITHIN,
+    LEAST_SEEDS,
     findings_of,
     hardware_of,
     images_of,
@@ -20,7 +21,7 @@ from crate_ray.analysis.comparison.gates import (
     is_within,
     largest_comparable,
 )
-from crate_ray.analysis.comparison.hypotheses import LEAST_PAIRS, Answers, choice_of, declare, judge
+from crate_ray.analysis.comparison.hypotheses import Answers, choices_of, declare, judge
 from crate_ray.analysis.comparison.layers import ReadLayers, layer_curves
 from crate_ray.analysis.comparison.result import AXES, Axis, Comparison, Configuration, Curve, Ratio
 from crate_ray.analysis.comparison.sensitivity import correlations, sensitivities
@@ -202,7 +203,8 @@ def _ratios(
     found = []
     for axis in axes:
         where = place or PLACES[axis]
-        alike = _alike([item for item in items if item.is_confirmed and where(item)], axis)
+        enough = [item for item in items if item.is_confirmed and len(item.rows) >= LEAST_SEEDS and where(item)]
+        alike = _alike(enough, axis)
         for crate, baseline in product(crates, baselines):
             first, second = ([item for item in alike if item.model == model] for model in (crate, baseline))
             why_not = _why_no_ratio(first, second)
@@ -238,23 +240,18 @@ def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:
 
 def _why_no_ratio(first: Sequence[Configuration], second: Sequence[Configuration]) -> str | None:
     if not first or not second:
-        return "no confirmed runs of both that may be compared there"
-    budgets = {item.tuning_trials for item in (*first, *second)}
-    if len(budgets) > 1:
-        return "unequal tuning budgets"
-    least = min(len(item.rows) for item in (*first, *second))
-    return f"{count_text(least, 'seed')} of a configuration, and it takes {LEAST_PAIRS}" if least < LEAST_PAIRS else None
+        return f"no confirmed runs of both with {LEAST_SEEDS} seeds that may be compared there"
+    return "unequal tuning budgets" if len({item.tuning_trials for item in (*first, *second)}) > 1 else None
 
 
 def _shown(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Whose layers are read: the screening's choice of each model; else all of a few, or the largest of each model."""
+    """Whose layers are read: all of a few; else the choices of the screening, and the largest of a model without one."""
     if len(configurations) <= _FEW:
         return list(configurations)
-    found = []
-    for model in dict.fromkeys(item.model for item in configurations):
-        own = [item for item in configurations if item.model == model]
-        found.append(choice_of(own, model) or max(own, key=lambda item: (item.positions["params"] or 0, item.label)))
-    return found
+    chosen = choices_of(configurations)
+    rest = [item for item in configurations if item.model not in {other.model for other in chosen}]
+    largest = {item.model: item for item in sorted(rest, key=lambda item: (item.positions["params"] or 0, item.label))}
+    return [*chosen, *largest.values()]
 
 
 def _raw_pixels(configurations: Sequence[Configuration]) -> float | None:

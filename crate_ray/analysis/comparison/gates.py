@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 from crate_ray.analysis.comparison.result import Axis, Configuration, Finding, Severity
-from crate_ray.analysis.objectives import value_text
+from crate_ray.analysis.objectives import count_text, value_text
 from crate_ray.analysis.statistics import mean_t_interval
 from crate_ray.config import digest
 from crate_ray.runs.rows import RunRow
 
+LEAST_SEEDS = 5
+"""Of a configuration, or of pairs; with fewer there is no verdict."""
 IMAGES_WITHIN = 0.01
 """Images seen, on the axis of parameters."""
 _MANY = 4  # names in a sentence
@@ -108,6 +110,7 @@ def findings_of(
         *_code(configurations),
         *_untold_tuning(configurations),
         *_unconfirmed(configurations),
+        *_seeds(configurations),
         *_finals(rows, metric),
         *_control(configurations),
         *_helped(configurations),
@@ -198,6 +201,14 @@ def _unconfirmed(configurations: Sequence[Configuration]) -> Iterator[Finding]:
         yield Finding(
             "refused", "confirm", {_NOTHING: labels}, f"{text}: {names_text(labels)}. Give the sweep a `confirm` section."
         )
+
+
+def _seeds(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    few = [item for item in configurations if item.is_confirmed and len(item.rows) < LEAST_SEEDS]
+    values = _holders(few, lambda item: count_text(len(item.rows), "seed"))
+    if values:
+        text = f"Fewer than {LEAST_SEEDS} seeds, so in no verdict and in no ratio"
+        yield Finding("flagged", "seeds", values, f"{text}: {_listed(values)}.")
 
 
 def _helped(configurations: Sequence[Configuration]) -> Iterator[Finding]:

@@ -13,14 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from crate_ray.analysis.comparison.frontier import NOUNS
-from crate_ray.analysis.comparison.gates import flags, is_within, refusals
+from crate_ray.analysis.comparison.gates import LEAST_SEEDS, flags, is_within, refusals
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference
 from crate_ray.analysis.objectives import Measure, count_text
 from crate_ray.analysis.statistics import PairedTest, holm, paired_t_test, source_interval
 from crate_ray.runs.rows import Estimate
 
-LEAST_PAIRS = 5
-"""Of seeds; with fewer there is no verdict."""
 WITHIN = 0.05
 """How far two configurations may stand apart on an axis to be called equal there."""
 ALPHA = 0.05
@@ -49,7 +47,7 @@ def declare(configurations: Sequence[Configuration], metric: str, axes: Sequence
     """The family of hypotheses, from positions and screening places alone.
 
     On each axis every confirmed configuration of CRATE with the nearest of each model of MAE within 5%, those that may be
-    compared first; then the choice of each model's screening, wherever they stand.
+    compared first; then the choices of each arm's screening, wherever they stand: those of one sweep, else all.
     """
     crate = [item for item in configurations if item.family == "crate" and item.is_confirmed]
     vit = [item for item in configurations if item.family == "vit" and item.is_confirmed]
@@ -61,23 +59,31 @@ def declare(configurations: Sequence[Configuration], metric: str, axes: Sequence
                 near = _nearest(first, [item for item in vit if item.model == model], metric, axis)
                 if near is not None:
                     found.append(near)
-    for model in sorted({item.model for item in crate}):
-        for baseline in baselines:
-            chosen, other = choice_of(crate, model), choice_of(vit, baseline)
-            if chosen is not None and other is not None:
-                found.append(Hypothesis("best", chosen, other, tuple(refusals(chosen, other, metric, "best"))))
+    for first in choices_of(crate):
+        others = choices_of(vit)
+        beside = [item for item in others if first.rows[0].sweep is not None and item.rows[0].sweep == first.rows[0].sweep]
+        found += [Hypothesis("best", first, other, tuple(refusals(first, other, metric, "best"))) for other in beside or others]
     return found
 
 
-def choice_of(configurations: Sequence[Configuration], model: str) -> Configuration | None:
-    """What the screening of a model chose; without a screening its only configuration, and None where there are several."""
-    own = [item for item in configurations if item.model == model and item.is_confirmed]
-    placed = sorted(
-        (min(places), item.label) for item in own if (places := [r.place for r in item.rows if r.place is not None])
-    )
-    if placed:
-        return next(item for item in own if item.label == placed[0][1])
-    return own[0] if len(own) == 1 else None
+def choices_of(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """What the screening of each arm of each sweep chose; of plain runs a model's only configuration, if it has but one."""
+    confirmed = [item for item in configurations if item.is_confirmed]
+    arms: dict[tuple[str, str, str], list[tuple[int, str, Configuration]]] = {}
+    plain: dict[str, list[Configuration]] = {}
+    for item in confirmed:
+        places = [row.place for row in item.rows if row.place is not None]
+        if places:
+            arm = (item.model, item.rows[0].sweep or "", item.arm or "")
+            arms.setdefault(arm, []).append((min(places), item.label, item))
+        else:
+            plain.setdefault(item.model, []).append(item)
+    chosen = {
+        arm: min(ranked, key=lambda entry: entry[:2])[2] for arm, ranked in sorted(arms.items(), key=lambda pair: pair[0])
+    }
+    swept = {model for model, _, _ in chosen}
+    only = [items[0] for model, items in sorted(plain.items()) if len(items) == 1 and model not in swept]
+    return [*chosen.values(), *only]
 
 
 def _nearest(first: Configuration, others: Sequence[Configuration], metric: str, axis: Axis) -> Hypothesis | None:
@@ -157,8 +163,8 @@ def _dropped_flag(dropped: Mapping[int, str]) -> tuple[str, ...]:
 def _why_no_verdict(item: Hypothesis, num_pairs: int) -> str | None:
     if item.refusals:
         return "; ".join(item.refusals)
-    if num_pairs < LEAST_PAIRS:
-        return f"{count_text(num_pairs, 'paired seed')}, and a verdict needs {LEAST_PAIRS}"
+    if num_pairs < LEAST_SEEDS:
+        return f"{count_text(num_pairs, 'paired seed')}, and a verdict needs {LEAST_SEEDS}"
     return None
 
 

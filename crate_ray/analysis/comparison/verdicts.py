@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.frontier import NOUNS
-from crate_ray.analysis.comparison.gates import beats_control, names_text, without_gain
-from crate_ray.analysis.comparison.hypotheses import AT, LEAST_PAIRS, WITHIN, is_distinguished
+from crate_ray.analysis.comparison.gates import LEAST_SEEDS, beats_control, is_loss, names_text, without_gain
+from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
 from crate_ray.analysis.comparison.wording import parameters_text, with_interval
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
@@ -86,7 +86,9 @@ def headline(
     """The first line of a report: ratios, else the verdict of the axis, else what was measured and why that is no verdict."""
     failed = without_gain(configurations)
     control = [f"Not shown to beat its own untrained control: {names_text(failed)}."] if failed else []
-    sentences = [item.sentence for item in ratios if item.axis == axis and item.ratio is not None]
+    sentences = [_ratio_sentence(item) for item in ratios if item.axis == axis and item.ratio is not None]
+    untold = any(item.tuning_trials is None for item in configurations)
+    caution = ["How much each was tuned is not recorded."] if untold and sentences else []
     judged = [item for item in differences if item.why_no_verdict is None]
     if not sentences and any(item.axis == axis for item in judged):
         sentences = [verdict]
@@ -96,11 +98,18 @@ def headline(
         is_shown = all(beats_control(item) for item in configurations)
         control = ["Each beats its own untrained control."] if is_shown else control
         sentences = [_measured(configurations, differences, measure)]
-    return " ".join([*sentences, *control])
+    return " ".join([*sentences, *caution, *control])
+
+
+def _ratio_sentence(item: Ratio) -> str:
+    """A ratio in words; an interval that holds 1 is no difference."""
+    assert item.ratio is not None
+    is_open = item.ratio.low <= 1 <= item.ratio.high
+    return item.sentence + (" The interval holds 1, so the two are not distinguishable there." if is_open else "")
 
 
 def _measured(configurations: Sequence[Configuration], differences: Sequence[Difference], measure: Measure) -> str:
-    ordered = sorted(configurations, key=lambda item: -item.metric.value if measure.scale == 100 else item.metric.value)
+    ordered = sorted(configurations, key=lambda item: item.metric.value * (1 if is_loss(measure.name) else -1))
     shown = [_line(item, measure) for item in ordered[:_NAMED]]
     more = f"; and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     return f"No verdict: {_why(configurations, differences)}. Measured {measure.label}: {'; '.join(shown)}{more}."
@@ -110,8 +119,8 @@ def _why(configurations: Sequence[Configuration], differences: Sequence[Differen
     most = max(len(item.rows) for item in configurations)
     if not any(item.is_confirmed for item in configurations):
         return "the sweep screened and confirmed nothing with fresh seeds"
-    if most < LEAST_PAIRS:
-        return f"{count_text(most, 'seed')}, and it takes {LEAST_PAIRS} to tell the luck of training from the model"
+    if most < LEAST_SEEDS:
+        return f"{count_text(most, 'seed')}, and it takes {LEAST_SEEDS} to tell the luck of training from the model"
     reasons = [item.why_no_verdict for item in differences if item.why_no_verdict is not None]
     return reasons[0] if reasons else "no CRATE and MAE are equal in parameters, FLOPs or time"
 

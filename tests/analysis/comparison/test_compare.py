@@ -78,6 +78,29 @@ def test_the_ratio_of_all_parameters_stands_beside_that_of_the_encoder(whole: Co
     assert "of the trainable parameters, decoder included, of MAE (facebook) at" in whole.total_ratios[0].sentence
 
 
+def test_a_configuration_with_few_seeds_is_left_out_of_the_ratio_and_flagged() -> None:
+    rows = synthetic_rows(LAWS, noise=0.002)
+    lacking = [row for row in rows if not (row.settings["width"] == 768 and row.model == "crate_mae" and row.seed > 1002)]
+    comparison = compare(lacking, name="made")
+    assert [item.values for item in comparison.findings if item.key == "seeds"] == [{"3 seeds": ("CRATE-MAE 4x768",)}]
+    without = [row for row in rows if not (row.settings["width"] == 768 and row.model == "crate_mae")]
+    assert comparison.ratios == compare(without, name="made").ratios
+
+
+def test_a_ratio_whose_interval_holds_one_is_called_no_difference() -> None:
+    comparison = compare(synthetic_rows({"crate_mae": Law(), "mae": Law()}, random=2), name="made")
+    ratio = comparison.ratios[0].ratio
+    assert ratio is not None
+    assert ratio.low <= 1 <= ratio.high
+    assert comparison.headline.endswith("The interval holds 1, so the two are not distinguishable there.")
+
+
+def test_a_ratio_of_plain_runs_says_that_their_tuning_is_not_recorded() -> None:
+    comparison = compare(synthetic_rows(LAWS, sweep=None, tuning_trials=None), name="made")
+    assert "CRATE-MAE needs" in comparison.headline
+    assert comparison.headline.endswith("How much each was tuned is not recorded.")
+
+
 def test_where_no_ratio_can_be_had_the_verdict_of_the_axis_is_the_headline() -> None:
     comparison = compare(synthetic_rows({"crate_mae": Law(b=0.05), "mae": Law()}, widths=(128,)), name="made")
     assert all(item.ratio is None for item in comparison.ratios)

@@ -168,6 +168,26 @@ def test_the_best_of_each_family_is_what_its_screening_chose_not_what_did_best()
     assert not on(compare(plain, name="made"), "best"), "nobody chose among plain runs"
 
 
+def test_each_arm_of_a_sweep_has_its_choice_and_meets_those_of_its_own_sweep() -> None:
+    def confirmed(model: str, arm: str, sweep: str, width: int) -> list[RunRow]:
+        how = {"arm": arm, "sweep": sweep, "stage": "confirm", "place": 1, "tuning_trials": 5, "width": width}
+        return [synthetic_row(model, 10_000 * width, seed=seed, **how) for seed in range(5)]
+
+    rows = [
+        *confirmed("crate_mae", "crate", "one", 64),
+        *confirmed("crate_mae", "untied", "one", 96),
+        *confirmed("mae", "mae", "one", 128),
+        *confirmed("crate_mae", "crate", "two", 192),
+        *confirmed("mae", "mae", "two", 256),
+    ]
+    pairs = {(item.first.label, item.second.label) for item in on(compare(rows, name="made"), "best")}
+    assert pairs == {
+        ("CRATE-MAE 4x64", "MAE 4x128"),
+        ("CRATE-MAE 4x96", "MAE 4x128"),
+        ("CRATE-MAE 4x192", "MAE 4x256"),
+    }
+
+
 def test_noise_of_the_test_set_is_that_of_source_images_with_the_models_held_fixed() -> None:
     rows = pair([0.75] * 5, [0.5] * 5)
     sources = ["a", "b", "c", "d"]
