@@ -4,40 +4,28 @@ In: rows of runs, from folders or from MLflow. Out: a Comparison. Nothing is rea
 of the caller, the records of a few chosen runs: the same rows, in any order, give the same comparison wherever they come from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from statistics import median
 
-from crate_ray.analysis.comparison.configurations import Sorted, model_names, sort_rows
-from crate_ray.analysis.comparison.frontier import NOUNS, SizePoint, fit_curve, ratio_at_equal
+from crate_ray.analysis.comparison.configurations import Sorted, sort_rows
+from crate_ray.analysis.comparison.fronts import curves_of, ratios_of, total_ratios_of
 from crate_ray.analysis.comparison.gates import (
-    IMAGES_WITHIN,
-    LEAST_SEEDS,
     findings_of,
-    hardware_of,
-    images_of,
     is_loss,
-    is_within,
     largest_comparable,
 )
 from crate_ray.analysis.comparison.hypotheses import Answers, choices_of, declare, judge
 from crate_ray.analysis.comparison.layers import ReadLayers, layer_curves
-from crate_ray.analysis.comparison.result import AXES, Axis, Comparison, Configuration, Curve, Ratio
+from crate_ray.analysis.comparison.result import AXES, Axis, Comparison, Configuration
 from crate_ray.analysis.comparison.sensitivity import correlations, sensitivities
 from crate_ray.analysis.comparison.verdicts import headline, verdicts
 from crate_ray.analysis.comparison.wording import measure_of
-from crate_ray.analysis.objectives import Measure, count_text
+from crate_ray.analysis.objectives import count_text
 from crate_ray.config import ConfigError
 from crate_ray.runs.rows import RunRow
 
 _RAW_PIXELS = "raw_pixels_top1"
-Place = Callable[[Configuration], float | None]
-PLACES: Mapping[Axis, Place] = {
-    "params": lambda item: item.positions["params"],
-    "flops": lambda item: item.positions["flops"],
-    "time": lambda item: item.positions["time"],
-}
 _FEW = 4  # configurations whose layers are all shown
 
 
@@ -78,7 +66,7 @@ def compare(
     measure = measure_of(metric, sorted_rows.judged_split)
     hypotheses = declare(configurations, metric, axes)
     differences = judge(hypotheses, metric, measure, answers or {}, larger=larger)
-    ratios = _ratios(comparable, metric, axes, measure, larger=larger)
+    ratios = ratios_of(comparable, metric, axes, measure, larger=larger)
     sentences = verdicts(axes, configurations, differences, larger=larger)
     return Comparison(
         name=name,
@@ -90,7 +78,7 @@ def compare(
         findings=findings_of(configurations, rows, metric, axes),
         configurations=configurations,
         differences=differences,
-        curves=_curves(comparable, metric, axes, larger=larger),
+        curves=curves_of(comparable, metric, axes, larger=larger),
         ratios=ratios,
         sensitivities=sensitivities(comparable, sorted_rows.screening, metric),
         layers=layer_curves(_shown(configurations), layers) if layers is not None else (),
@@ -99,15 +87,7 @@ def compare(
         verdicts=sentences,
         headline=headline(axes[0], sentences[axes[0]], ratios, differences, configurations, measure),
         commands=tuple(commands),
-        total_ratios=_ratios(
-            comparable,
-            metric,
-            ("params",),
-            measure,
-            larger=larger,
-            place=lambda item: float(item.params_total),
-            noun="trainable parameters, decoder included,",
-        ),
+        total_ratios=total_ratios_of(comparable, metric, measure, larger=larger),
     )
 
 
@@ -157,91 +137,6 @@ def _with_budgets(rows: Sequence[RunRow]) -> list[RunRow]:
         else row
         for row in rows
     ]
-
-
-def _curves(items: Sequence[Configuration], metric: str, axes: Sequence[Axis], *, larger: bool) -> tuple[Curve, ...]:
-    """One a model: the two baselines of MAE are two fronts."""
-    curves = []
-    for axis in axes:
-        for family, model in sorted({(item.family, item.model) for item in items}):
-            points = _points([item for item in items if item.model == model], metric, PLACES[axis])
-            curve = fit_curve(points, axis=axis, family=family, is_larger_better=larger)
-            curves += [replace(curve, model=model)] if curve is not None else []
-    return tuple(curves)
-
-
-def _points(items: Sequence[Configuration], metric: str, place: Place) -> list[SizePoint]:
-    return [
-        SizePoint(item.label, x, {row.seed: row.values[metric] for row in item.rows}) for item in items if (x := place(item))
-    ]
-
-
-def _ratios(
-    items: Sequence[Configuration],
-    metric: str,
-    axes: Sequence[Axis],
-    measure: Measure,
-    *,
-    larger: bool,
-    place: Place | None = None,
-    noun: str | None = None,
-) -> tuple[Ratio, ...]:
-    """CRATE's need over that of each MAE; withheld wherever a verdict would be.
-
-    Args:
-        items: That may be compared with each other.
-        metric: That is equal.
-        axes: Of the ratios.
-        measure: How the metric is spelled.
-        larger: Whether more of the metric is better.
-        place: Where a configuration stands; None for its position on the axis.
-        noun: What is counted, where that is not what the axis counts.
-    """
-    names = model_names(item.model for item in items)
-    crates = sorted({item.model for item in items if item.family == "crate"})
-    baselines = sorted({item.model for item in items if item.family == "vit"})
-    found = []
-    for axis in axes:
-        where = place or PLACES[axis]
-        enough = [item for item in items if item.is_confirmed and len(item.rows) >= LEAST_SEEDS and where(item)]
-        alike = _alike(enough, axis)
-        for crate, baseline in product(crates, baselines):
-            first, second = ([item for item in alike if item.model == model] for model in (crate, baseline))
-            why_not = _why_no_ratio(first, second)
-            if why_not is not None:
-                sentence = f"No ratio of {noun or NOUNS[axis]} at equal results: {why_not}."
-                found.append(Ratio(axis, baseline, None, None, why_not, sentence))
-                continue
-            found.append(
-                ratio_at_equal(
-                    _points(first, metric, where),
-                    _points(second, metric, where),
-                    axis=axis,
-                    baseline=baseline,
-                    names=(names[crate], names[baseline]),
-                    noun=noun,
-                    spell=lambda value: f"{measure.with_unit(value)} {measure.label}",
-                    is_larger_better=larger,
-                )
-            )
-    return tuple(found)
-
-
-def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:
-    """Those with as many images seen, on the axis of parameters; on the axis of time those of one kind of hardware."""
-    if axis == "params":
-        groups = [[other for other in items if is_within(images_of(item), images_of(other), IMAGES_WITHIN)] for item in items]
-    elif axis == "time":
-        groups = [[other for other in items if hardware_of(item) == hardware_of(other)] for item in items]
-    else:
-        return list(items)
-    return max(groups, key=lambda group: (len({item.family for item in group}), len(group)), default=[])
-
-
-def _why_no_ratio(first: Sequence[Configuration], second: Sequence[Configuration]) -> str | None:
-    if not first or not second:
-        return f"no confirmed runs of both with {LEAST_SEEDS} seeds that may be compared there"
-    return "unequal tuning budgets" if len({item.tuning_trials for item in (*first, *second)}) > 1 else None
 
 
 def _shown(configurations: Sequence[Configuration]) -> list[Configuration]:
