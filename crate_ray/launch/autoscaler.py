@@ -82,7 +82,7 @@ def seat_coordinator() -> None:
 
     head = _head_of(ray.nodes())  # type: ignore[no-untyped-call]
     if head is None or head == ray.get_runtime_context().get_node_id():
-        get_or_create_autoscaling_coordinator()
+        get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
         return
     seat = ray.remote(num_cpus=0)(get_or_create_autoscaling_coordinator)
     try:
@@ -174,7 +174,8 @@ def growth() -> Growth:
 
 def _status() -> Any:
     try:
-        return GetClusterStatusReply.FromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=ANSWER_S))
+        client = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
+        return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         log.info("the control store does not say what the autoscaler does: %s", error)
         return None

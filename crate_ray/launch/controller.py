@@ -37,4 +37,4 @@ def end_controller(controller: Any, requester: str) -> None:
     except ray.exceptions.RayActorError:
         pass  # that is how it ends
     free_groups_of(controller._actor_id.hex())
-    get_or_create_autoscaling_coordinator().cancel_request.remote(requester)
+    get_or_create_autoscaling_coordinator().cancel_request.remote(requester)  # type: ignore[no-untyped-call]

@@ -1,18 +1,19 @@
 """A driver that waits for nodes says so, and gives up when none comes.
 
 In: the placement groups of this job, which are what workers and trials wait with, and what the autoscaler does. Out: warnings,
-and in the end a reason. Ray itself waits without a word. A worker group of a range of sizes asks for its room in another way
-and waits for as long as it takes; see `launch.policies`.
+and in the end a reason. Ray itself waits without a word. Workers of a range of sizes make a group only when there is room for
+the fewest of them (see `launch.policies`), so for those it is the missing group that tells.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 
 from crate_ray.config import ScaleConfig
 from crate_ray.launch.autoscaler import Growth, growth
 from crate_ray.launch.capacity import Capacity, amounts_in_words
-from crate_ray.launch.cluster import capacity, node_wait_s
+from crate_ray.launch.cluster import capacity, node_wait_s, worker_need
 from crate_ray.launch.placement import Group, groups
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class NodeWatch:
 
     def __init__(self, scale: ScaleConfig) -> None:
         self._scale = scale
+        self._waits_for_ever = scale.is_elastic and scale.node_wait_s is None
         self._looked = float("-inf")
         self._seen: dict[str, float] = {}
         self._idle_since: float | None = None
@@ -46,7 +48,7 @@ class NodeWatch:
         if now - self._looked < LOOK_S:
             return None
         self._looked = now
-        mine = [group for group in groups() if _computes(group)]
+        mine = [group for group in groups() if _computes(group)] or self._fewest()
         waiting = [group for group in mine if not group.is_placed]
         self._seen = {group.id: self._seen.get(group.id, now) for group in waiting}
         is_idle = len(waiting) == len(mine) > 0
@@ -57,13 +59,20 @@ class NodeWatch:
         waited = now - min(self._seen.values())
         return self._judge(waiting, waited) if waited >= FIRST_WORD_S else None
 
+    def _fewest(self) -> list[Group]:
+        """What an elastic run without a group waits for: room for its fewest workers."""
+        need, least = worker_need(self._scale), self._scale.min_workers
+        if not self._scale.is_elastic or capacity(self._scale).workers(need) >= least:
+            return []
+        return [Group("fewest", (need,) * least, is_placed=False)]
+
     def _judge(self, waiting: list[Group], waited: float) -> str | None:
         have, doing = capacity(self._scale), growth()
         trouble = trouble_in_words(doing, waiting)
         if waited >= self._next_word or trouble != self._trouble:
             self._next_word, self._trouble = max(60.0, 2 * self._next_word), trouble
             log.warning("waiting for %.0f s for room for %s", waited, situation(waiting, have, doing))
-        patience = node_wait_s(self._scale, have)
+        patience = math.inf if self._waits_for_ever else node_wait_s(self._scale, have)
         if self._idle_since is None or time.monotonic() - self._idle_since < patience:
             return None
         asked = situation(waiting, have, doing)

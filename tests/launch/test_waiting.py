@@ -123,3 +123,18 @@ def test_the_actor_that_follows_a_trials_workers_is_nothing_that_runs(monkeypatc
     clock = Clock(monkeypatch, HAVE)
     clock.groups = [TWO, Group("b", ({"memory": 1e6},), is_placed=True)]
     assert any(clock.pass_by(NodeWatch(ScaleConfig(node_wait_s=60)), 80))
+
+
+def test_an_elastic_run_without_room_for_its_fewest_workers_says_so_and_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    elastic = {"num_workers": {"min": 2, "max": 4}, "use_gpu": False}
+    clock = Clock(monkeypatch, HAVE)
+    clock.groups = []
+    assert not any(clock.pass_by(NodeWatch(ScaleConfig.parse(elastic)), 1000))
+    assert "waiting for 15 s for room for 2 x 1 CPU: the cluster's nodes have 1 CPU" in caplog.messages[0]
+    assert any(clock.pass_by(NodeWatch(ScaleConfig.parse({**elastic, "node_wait_s": 60})), 80))
+    caplog.clear()
+    monkeypatch.setattr(waiting, "capacity", lambda scale: Capacity(({"CPU": 2.0},)))
+    clock.pass_by(NodeWatch(ScaleConfig.parse(elastic)), 100)
+    assert caplog.messages == []  # it is starting
