@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from crate_ray.cli.output import console
+from crate_ray.cli.output import console, link_lines
 from crate_ray.cli.progress import SKIPPED_STEPS, duration, plural
 from crate_ray.runs import Intervention, RunFolder, intervention_text, read_interventions, read_records, read_status
 
@@ -40,6 +40,7 @@ def summarise(outcome: "RunOutcome", links: Mapping[str, Any]) -> dict[str, Any]
         **_checkpoints(folder),
         "interventions": [item.as_dict() for item in read_interventions(folder)],
         "link": links["runs"].get(folder.name),
+        "views": dict(links["views"]),
     }
 
 
@@ -110,8 +111,15 @@ def _lines(summary: Mapping[str, Any]) -> dict[str, str]:
         "faults": _faults(summary),
         "folder": folder,
         "next": _next(summary),
-        "MLflow": f"crate-ray tracking ui {root}\n{'':<{_LABEL}}then {summary['link']}" if summary["link"] else "",
+        "MLflow": f"\n{'':<{_LABEL}}".join(link_lines(f"crate-ray tracking ui {root}", _pages(summary)))
+        if summary["link"]
+        else "",
     }
+
+
+def _pages(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The run's own page first, then the views of its experiment."""
+    return {"This run": summary["link"], **summary["views"]}
 
 
 def _trained(summary: Mapping[str, Any]) -> str:

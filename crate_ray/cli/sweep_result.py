@@ -16,7 +16,7 @@ from crate_ray.analysis.objectives import MEASURES, key_names, value_text
 from crate_ray.analysis.ranking import ArmRanking, Ranking
 from crate_ray.analysis.sweep_findings import Front, SweepFindings
 from crate_ray.analysis.sweep_sections import end_texts
-from crate_ray.cli.output import console, print_table, print_text
+from crate_ray.cli.output import console, link_lines, print_table, print_text
 from crate_ray.cli.progress import duration
 from crate_ray.cli.sweep_forecast import error_text
 from crate_ray.cli.sweep_screen import NAMES, objective_text
@@ -217,9 +217,9 @@ def print_end(outcome: "SweepOutcome", summary: dict[str, Any]) -> None:
         print_text(line)
     links = summary["links"]
     console.print(f"report  {escape(links['report'])}", soft_wrap=True)
-    console.print(f"MLflow  {escape(links['serve'])}", soft_wrap=True)
-    if links["sweep"]:
-        console.print(f"        then {links['sweep']}", soft_wrap=True)
+    pages = {**links["views"], "This sweep": links["sweep"]} if links["sweep"] else links["views"]
+    for number, line in enumerate(link_lines(links["serve"], pages)):
+        console.print(f"{'MLflow' if number == 0 else '':<8}{escape(line)}", soft_wrap=True)
 
 
 def _count_text(rows: Sequence[TrialRow], refused: Mapping[str, int]) -> str:

@@ -77,6 +77,7 @@ class SweepStudy:
         assert self._folder is not None
         return {
             "experiment": found["experiment"],
+            "views": found["views"],
             "sweep": found["runs"].get(self._folder.name),
             "serve": f"crate-ray tracking ui {self._folder.uri.removesuffix('/' + self._folder.name)}",
         }

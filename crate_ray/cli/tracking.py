@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from crate_ray import storage
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import console, errors, print_json, print_table
+from crate_ray.cli.output import console, errors, link_rows, print_json, print_table
 from crate_ray.cli.runs import Root, find_runs
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder, close_stale, sweep_of
@@ -84,7 +84,7 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Serve MLflow's pages of the runs, and its interface over HTTP, until Ctrl-C."""
-    from crate_ray.tracking import initialise, serve, view_url
+    from crate_ray.tracking import initialise, serve, view_links
 
     store, experiments = _store(root, uri)
     errors.print("starting MLflow's server ...")
@@ -94,7 +94,7 @@ def ui(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it as ignored
     names = [name.strip() for name in allowed_hosts.split(",") if name.strip()]
     with serve(store, host, port, allowed_hosts=names, artifacts=artifacts, workers=workers) as server:
-        views = {name: view_url(server.url, found) for name, found in ids.items() if found is not None}
+        views = {name: view_links(store, server.url, found) for name, found in ids.items() if found is not None}
         try:
             _show_links(server.url, store, views, as_json)
             server.wait()
@@ -104,7 +104,7 @@ def ui(
         raise typer.Exit(1)
 
 
-def _show_links(url: str, store: str, views: dict[str, str], as_json: bool) -> None:
+def _show_links(url: str, store: str, views: dict[str, dict[str, str]], as_json: bool) -> None:
     from crate_ray.tracking.client import public_uri
 
     if as_json:
@@ -112,8 +112,9 @@ def _show_links(url: str, store: str, views: dict[str, str], as_json: bool) -> N
         sys.stdout.flush()  # a program at the other end of a pipe waits for it while this one serves
         return
     console.print(f"MLflow  {url}  (Ctrl-C stops it)", soft_wrap=True)
-    for name, link in views.items():
-        console.print(f"{escape(name)}  {link}", soft_wrap=True)
+    for name, links in views.items():
+        for line in (name, *link_rows(links)):
+            console.print(escape(line), soft_wrap=True)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

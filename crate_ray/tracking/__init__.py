@@ -9,12 +9,14 @@ from crate_ray.tracking.reap import SILENT_SECONDS, reap
 from crate_ray.tracking.registry import Registration, check_names, find_registry, register_run
 from crate_ray.tracking.server import Server, serve
 from crate_ray.tracking.sync import SyncResult, sync
-from crate_ray.tracking.views import CURVES, EFFICIENCY, view_url, write_views
+from crate_ray.tracking.views import CONFIGURATIONS, CURVES, EFFICIENCY, WHITE_BOX, view_links, view_url, write_views
 
 __all__ = [
+    "CONFIGURATIONS",
     "CURVES",
     "EFFICIENCY",
     "SILENT_SECONDS",
+    "WHITE_BOX",
     "ExperimentRows",
     "LoggedComparison",
     "Mirror",
@@ -33,6 +35,7 @@ __all__ = [
     "rows_of_experiment",
     "serve",
     "sync",
+    "view_links",
     "view_url",
     "web_url",
     "write_views",

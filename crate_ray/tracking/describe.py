@@ -79,6 +79,11 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
     """
     if config is None or config.name is not None:
         return folder_name[:MAX_NAME]
+    return " ".join([*_shape(config), f"s{config.train.seed}", config.model.family])[:MAX_NAME]
+
+
+def _shape(config: RunConfig) -> list[str]:
+    """Depth and width, and what else is not as in the presets."""
     model = config.model
     parts = [f"{model.encoder_depth}x{model.width}"]
     parts += [_SHORT.get(word, word) for word in model.ablation]
@@ -88,7 +93,7 @@ def run_name(folder_name: str, config: RunConfig | None) -> str:
         parts.append("cls")
     elif model.mask_ratio != 0.75:
         parts.append(f"m{_number(model.mask_ratio)}")
-    return " ".join([*parts, f"s{config.train.seed}", model.family])[:MAX_NAME]
+    return parts
 
 
 def params_of(config: RunConfig, precision: str | None = None) -> dict[str, str]:
@@ -110,7 +115,8 @@ def fingerprint_tags(fingerprint: Mapping[str, Any]) -> dict[str, str]:
 def _configuration(config: RunConfig, fingerprint: Mapping[str, Any]) -> dict[str, str]:
     """The parameter that runs share which differ in their seed alone: what charts average over. Readable, and unique."""
     parts = fingerprint.get("resume", {}).get("parts")
-    return valid_params({"configuration": f"{settings_of(config)['arch']} {configuration_of(parts)}"}) if parts else {}
+    words = [*_shape(config), config.model.family]
+    return valid_params({"configuration": " ".join([*words, configuration_of(parts)])}) if parts else {}
 
 
 def _config(folder: RunFolder) -> RunConfig | None:

@@ -22,7 +22,7 @@ from crate_ray.runs import RunFolder
 from crate_ray.tracking.client import absolute_uri, explain, one_line, public_uri, web_url
 from crate_ray.tracking.experiment import connect
 from crate_ray.tracking.replay import RunReplay, Session
-from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
+from crate_ray.tracking.views import run_url, view_links
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +114,16 @@ class Mirror:
         return MirrorSummary(sent, sum(replay.pending for replay in replays), error)
 
     def links(self) -> dict[str, Any]:
-        """Addresses to open: {"experiment": the saved view or None, "runs": {run name: address}}."""
+        """Addresses to open: {"experiment": the first view or None, "views": {title: address}, "runs": {run name: address}}."""
         session = self._session
         if session is None:
-            return {"experiment": None, "runs": {}}
+            return {"experiment": None, "views": {}, "runs": {}}
         base = web_url(session.uri)
         ids = dict(self._retired)
         ids |= {replay.folder.name: replay.run_id for replay in list(self._replays.values()) if replay.run_id is not None}
         runs = {name: run_url(base, session.experiment_id, run_id) for name, run_id in ids.items()}
-        return {"experiment": view_url(base, session.experiment_id, EFFICIENCY), "runs": runs}
+        views = view_links(session.uri, base, session.experiment_id)
+        return {"experiment": next(iter(views.values())), "views": views, "runs": runs}
 
     def _run(self) -> None:
         while self._deadline is None:

@@ -14,7 +14,7 @@ import urllib.request
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from crate_ray.tracking.client import one_line, public_uri
+from crate_ray.tracking.client import absolute_uri, one_line, public_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,7 +87,7 @@ def view_links(uri: str, base_url: str, experiment_id: str) -> dict[str, str]:
         base_url: Where its pages are.
         experiment_id: The experiment.
     """
-    if uri in _bare_stores:
+    if absolute_uri(uri) in _bare_stores:
         return {"Runs": experiment_url(base_url, experiment_id)}
     return {title: view_url(base_url, experiment_id, view_id) for view_id, title in TITLES.items()}
 

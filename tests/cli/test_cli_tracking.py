@@ -79,7 +79,7 @@ def test_ui_prints_the_saved_view_and_ends_its_server_when_stopped(make_run, tmp
                     break
             body = json.loads("".join(lines))
             assert body["url"] == f"http://127.0.0.1:{port}"
-            assert "viewStateShareKey=parameter-efficiency" in body["views"]["crate-mae/default"]
+            assert "viewStateShareKey=parameter-efficiency" in body["views"]["crate-mae/default"]["Parameter efficiency"]
             process.send_signal(number)
             assert process.wait(60) == code
         finally:

@@ -17,7 +17,7 @@ SUMMARY = {
     "spent": {"hours": 0.1},
     "forecast": None,
     "refused": {},
-    "links": {"report": "out/made/report.md", "serve": "crate-ray tracking ui out", "sweep": None},
+    "links": {"report": "out/made/report.md", "serve": "crate-ray tracking ui out", "views": {}, "sweep": None},
 }
 
 

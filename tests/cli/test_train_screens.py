@@ -17,7 +17,7 @@ from crate_ray.models.cost import count_parameters
 from crate_ray.runs import Intervention, Record, RecordWriter, RunFolder, write_interventions
 from crate_ray.training.prepare import prepare_run
 
-NO_LINKS: dict[str, dict[str, str]] = {"runs": {}}
+NO_LINKS: dict[str, dict[str, str]] = {"views": {}, "runs": {}}
 FULL = {
     "train/loss": 0.123456,
     "train/lr": 1e-3,

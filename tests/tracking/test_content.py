@@ -168,7 +168,7 @@ def test_a_run_says_who_made_it_how_and_from_which_code(uri: str, client: Any, e
     assert run.data.tags.get("crate_ray.git_dirty") == {True: "true", False: "false", None: None}[meta["git_dirty"]]
     assert run.data.tags["crate_ray.resume_digest"] == identity["resume"]["digest"][:16]
     assert run.data.tags["crate_ray.data_digest"] == "data"
-    assert run.data.params["configuration"].startswith("crate_mae 12x384 ")
+    assert run.data.params["configuration"].startswith("12x384 crate ")
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert names == {"config.yaml", "fingerprint.json"}
     assert run.info.status == "RUNNING"

@@ -89,7 +89,7 @@ def test_a_server_that_is_down_costs_the_caller_nothing_and_sync_sends_the_rest(
         for _ in range(9):
             start = time.monotonic()
             mirror.follow(folder)
-            assert mirror.links() == {"experiment": None, "runs": {}}
+            assert mirror.links() == {"experiment": None, "views": {}, "runs": {}}
             waits_s.append(time.monotonic() - start)
         for step in range(10):
             writer.write(step, {"train/loss": float(step)})

@@ -61,7 +61,7 @@ def test_a_run_arrives_with_flat_parameters_its_tags_and_the_times_of_measuremen
         "wd": "0.05",
         "seed": "3",
         "precision": "float32",
-        "configuration": f"crate_mae 12x384 {configuration_of(folder.read_json('fingerprint.json')['resume']['parts'])}",
+        "configuration": f"12x384 crate {configuration_of(folder.read_json('fingerprint.json')['resume']['parts'])}",
     }
     expected = {"kind": "trial", "family": "crate", "study": "study", "seed": "3", "attempt": "1", "mlflow.runColor": "#d55e00"}
     assert expected.items() <= run.data.tags.items()
