@@ -184,6 +184,19 @@ def synthetic_layers(row: RunRow) -> LayerMeasures:
     return LayerMeasures(trained=measures, initial=initial)
 
 
+def synthetic_answers(rows: Sequence[RunRow], *, num_sources: int = 300, random: int = 0) -> dict[str, dict[str, Any]]:
+    """What probes answered on each source image: the easiest are answered right, and near the border luck decides."""
+    generator = np.random.default_rng(random)
+    difficulty_S = generator.uniform(size=num_sources)
+    sources = [f"image-{index:04d}" for index in range(num_sources)]
+
+    def body(row: RunRow) -> dict[str, Any]:
+        is_right_S = difficulty_S + generator.normal(scale=0.02, size=num_sources) < row.values["probe_top1"]
+        return {"sources": sources, "rows": [1] * num_sources, "correct": {"probe_top1": is_right_S.astype(int).tolist()}}
+
+    return {row.run_uid: body(row) for row in rows if row.stage == "confirm"}
+
+
 def synthetic_comparison(
     *, ratio: float = 0.42, baselines: Sequence[str] = ("mae", "mae_all_tokens"), **changes: Any
 ) -> Comparison:
@@ -206,4 +219,11 @@ def synthetic_comparison(
     rows += synthetic_screening("mae", law, settings=without_ista, widths=(64, 128))
     killed = {"is_complete": False, "state": "KILLED", "incomplete": "killed", "values": {}, "sweep": "sweep"}
     rows.append(synthetic_row("mae", 48 * 64**2, width=64, seed=2000, **killed))
-    return compare(rows, name="synthetic", layers=synthetic_layers, commands=("crate-ray compare out/synthetic",))
+    return compare(
+        rows,
+        name="synthetic",
+        layers=synthetic_layers,
+        answers=synthetic_answers(rows),
+        raw_pixels=0.35,
+        commands=("crate-ray compare out/synthetic",),
+    )

@@ -193,7 +193,7 @@ def _answered(body: Mapping[str, Any] | None, metric: str) -> tuple[list[str], l
 
 def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
     """The finding in one sentence."""
-    a, b, at = item.first.label, item.second.label, _at(item)
+    a, b, at = item.first.label, item.second.label, at_words(item)
     if item.why_no_verdict is not None:
         measured = f" (measured: {_interval_text(item.interval, measure)})" if item.interval is not None else ""
         return f"No verdict on {a} and {b} {at}: {item.why_no_verdict}{measured}."
@@ -205,9 +205,9 @@ def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
         better, worse = (a, b) if is_first else (b, a)
         margin = item.interval if item.interval.value > 0 else Estimate(*(-item.interval[i] for i in (0, 2, 1)))
         numbers = _interval_text(margin, measure).removeprefix("+")
-        return f"{_capital(at)}, {better} is better than {worse} by {numbers}, {_p_text(item.p_holm)} after Holm,{tail}."
+        return f"{capital(at)}, {better} is better than {worse} by {numbers}, {_p_text(item.p_holm)} after Holm,{tail}."
     corrected = ", once all comparisons made are allowed for" if not item.interval.low <= 0 <= item.interval.high else ""
-    return f"{_capital(at)}, {a} and {b} are not distinguishable{corrected}: {_interval_text(item.interval, measure)}{tail}."
+    return f"{capital(at)}, {a} and {b} are not distinguishable{corrected}: {_interval_text(item.interval, measure)}{tail}."
 
 
 def _costs(item: Difference) -> list[str]:
@@ -220,7 +220,7 @@ def _costs(item: Difference) -> list[str]:
     return [f"{item.first.label} has {' and '.join(told)}"] if told else []
 
 
-def _at(item: Difference) -> str:
+def at_words(item: Difference) -> str:
     """Where the two are equal; who has one configuration alone did not choose it."""
     is_chosen = any(row.place is not None for row in (*item.first.rows, *item.second.rows))
     return AT[item.axis] if item.axis != "best" or is_chosen else "with one configuration of each"
@@ -244,5 +244,6 @@ def _p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """As at the beginning of a sentence."""
     return text[:1].upper() + text[1:]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, beats_control, is_loss, names_text, without_gain
-from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, is_distinguished
+from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, capital, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
 from crate_ray.analysis.comparison.wording import parameters_text, with_interval
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
@@ -28,12 +28,12 @@ def verdicts(
     for axis in axes:
         own = [item for item in differences if item.axis == axis]
         none = f"No verdict {AT[axis]}: {_why_no_pair(axis, configurations)}." if not own else ""
-        found[axis] = none or _summary(axis, own, names, larger=larger)
+        found[axis] = none or _summary(own, names, larger=larger)
     choices = [item for item in differences if item.axis == "best"]
-    return found | ({"best": _summary("best", choices, names, larger=larger)} if choices else {})
+    return found | ({"best": _summary(choices, names, larger=larger)} if choices else {})
 
 
-def _summary(axis: str, differences: Sequence[Difference], names: Mapping[str, str], *, larger: bool) -> str:
+def _summary(differences: Sequence[Difference], names: Mapping[str, str], *, larger: bool) -> str:
     """'At equal encoder parameters: CRATE-MAE is better than MAE in 5 of 8 pairs, not distinguishable in 3.'"""
     if len(differences) == 1:
         return differences[0].verdict
@@ -41,6 +41,9 @@ def _summary(axis: str, differences: Sequence[Difference], names: Mapping[str, s
     for first, second in dict.fromkeys((item.first.model, item.second.model) for item in differences):
         own = [item for item in differences if (item.first.model, item.second.model) == (first, second)]
         judged = [item for item in own if item.why_no_verdict is None]
+        if len(own) == 1:
+            parts.append(own[0].verdict.removeprefix(f"{capital(at_words(own[0]))}, ").removesuffix("."))
+            continue
         if not judged:
             reasons = list(dict.fromkeys(item.why_no_verdict for item in own))
             parts.append(f"no verdict on {names[first]} against {names[second]}: {reasons[0]}")
@@ -51,7 +54,7 @@ def _summary(axis: str, differences: Sequence[Difference], names: Mapping[str, s
         told = ", ".join(f"{words} in {number}" for words, number in counts.items() if number)
         unjudged = f", no verdict in {len(own) - len(judged)}" if len(own) > len(judged) else ""
         parts.append(f"{names[first]} against {names[second]} is {told}{unjudged} of {count_text(len(own), 'pair')}")
-    return f"{AT[axis][:1].upper()}{AT[axis][1:]}: {'; '.join(parts)}."
+    return f"{capital(at_words(differences[0]))}: {'; '.join(parts)}."
 
 
 def _is_first_better(item: Difference, *, larger: bool) -> bool:

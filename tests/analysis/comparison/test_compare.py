@@ -124,6 +124,13 @@ def test_a_model_that_learned_nothing_is_said_to_have_learned_nothing() -> None:
     assert headline.endswith("Not shown to beat its own untrained control: CRATE-MAE 4x128.")
 
 
+def test_one_pair_for_each_baseline_is_told_with_its_numbers() -> None:
+    rows = synthetic_rows({"crate_mae": Law(b=0.05), "mae": Law(), "mae_all_tokens": Law()}, widths=(128,))
+    sentence = compare(rows, name="made").verdicts["params"]
+    assert sentence.startswith("At equal encoder parameters: CRATE-MAE 4x128 is better than MAE (facebook) 4x128 by ")
+    assert "; CRATE-MAE 4x128 is better than MAE (CRATE repository) 4x128 by " in sentence
+
+
 def test_without_a_pair_on_an_axis_the_nearest_are_named() -> None:
     rows = [*synthetic_rows({"crate_mae": Law()}, widths=(128,)), *synthetic_rows({"mae": Law()}, widths=(192,))]
     comparison = compare(rows, name="made")
