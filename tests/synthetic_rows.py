@@ -108,6 +108,7 @@ def synthetic_row(model: str = "crate_mae", params: int = 1_000_000, *, value: f
             "rankme": 30 + 40 * value,
             "alpha_req": 2 - value,
             "coding_rate": 100 * value,
+            "raw_pixels_top1": 0.35,
         },
         "intervals": {
             "probe_top1": Estimate(value, value - 0.02, value + 0.02),
@@ -224,6 +225,5 @@ def synthetic_comparison(
         name="synthetic",
         layers=synthetic_layers,
         answers=synthetic_answers(rows),
-        raw_pixels=0.35,
         commands=("crate-ray compare out/synthetic",),
     )

@@ -37,7 +37,6 @@ def compare(
     axes: Sequence[Axis] = AXES,
     answers: Answers | None = None,
     layers: ReadLayers | None = None,
-    raw_pixels: float | None = None,
     unread: Mapping[str, str] | None = None,
     commands: Sequence[str] = (),
 ) -> Comparison:
@@ -50,7 +49,6 @@ def compare(
         axes: The first one makes the headline.
         answers: By run_uid: what the run's probe answered on each source image, for the noise of the test set.
         layers: Reads the layers of a run; asked for those of the choices alone.
-        raw_pixels: Accuracy of the probe on pixels; None for what the rows say of it.
         unread: Why something has no row, by its name; it is named with the rest.
         commands: That produced the comparison.
 
@@ -83,7 +81,7 @@ def compare(
         sensitivities=sensitivities(comparable, sorted_rows.screening, metric),
         layers=layer_curves(_shown(configurations), layers) if layers is not None else (),
         correlations=correlations(rows),
-        raw_pixels=raw_pixels if raw_pixels is not None else _raw_pixels(comparable),
+        raw_pixels=_raw_pixels(comparable) if metric == "probe_top1" else None,
         verdicts=sentences,
         headline=headline(axes[0], sentences[axes[0]], ratios, differences, configurations, measure),
         commands=tuple(commands),

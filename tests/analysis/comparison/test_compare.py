@@ -228,6 +228,11 @@ def test_label_free_measures_correlate_with_the_probe_family_by_family(whole: Co
         assert whole.correlations[family]["eval_loss"] == pytest.approx(-1)
 
 
+def test_raw_pixels_stand_beside_the_probe_and_no_other_metric(whole: Comparison) -> None:
+    assert whole.raw_pixels == 0.35
+    assert compare(synthetic_rows(LAWS, widths=(128,)), name="made", metric="knn_top1").raw_pixels is None
+
+
 def test_what_was_not_read_and_what_is_not_compared_stand_together() -> None:
     comparison = compare(one_seed(), name="made", unread={"begun": "being created"})
     assert comparison.excluded == {"begun": "being created"}
