@@ -87,6 +87,7 @@ class RunRow:
         place: Of a confirmed run: where its point stood in the screening of its arm, from 1.
         created: Unix seconds.
         measured_by: Name and version of the protocol of each judged value: "house/1".
+        judged_data: Digest of the shards that were judged on, by the name that values on them begin with; "" for the run's own.
     """
 
     run_uid: str
@@ -129,6 +130,11 @@ class RunRow:
     place: int | None = None
     created: float | None = None
     measured_by: Mapping[str, str] = field(default_factory=dict)
+    judged_data: Mapping[str, str] = field(default_factory=dict)
+
+    def data_of(self, metric: str) -> str:
+        """The name of the shards that a value is of, which it begins with; "" for the run's own."""
+        return max((name for name in self.judged_data if name and metric.startswith(f"{name}_")), key=len, default="")
 
     def judge_of(self, metric: str) -> tuple[str | None, str | None]:
         """Split and protocol that a value was judged by; None twice for what training measured itself."""
@@ -355,6 +361,7 @@ def _measured(files: _Files, final: Mapping[str, Any] | None, split: Split | Non
         "values": values,
         "intervals": {key: item for report in chosen for key, item in _intervals(report)},
         "judged_split": judged if chosen else None,
+        "judged_data": {item.get("data", ""): item["data_digest"][:16] for item in chosen if "data_digest" in item},
         "probe_protocol": own.get("protocol") if own else None,
         "measured_by": {key: stamp for key, stamp in stamps.items() if key in values},
         **helped,

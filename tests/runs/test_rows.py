@@ -59,6 +59,7 @@ def judged(folder: RunFolder, split: str, top1: float, *, data: str | None = Non
         "measured_by": {**stamps, **dict.fromkeys(free, "label-free/1")},
         "probe_top1": [top1, top1 - 0.02, top1 + 0.02],
         "chosen_c": 0.1,
+        "data_digest": (data or "own") * 10,
         **({"data": data} if data else {}),
     }
     folder.write_json("_".join(["probe", split, *([data] if data else [])]) + ".json", body)
@@ -152,6 +153,8 @@ def test_judgements_on_other_shards_stand_beside_and_those_of_earlier_checkpoint
     assert row.values["probe_top1"] == 0.9
     assert row.values["cifar10_probe_top1"] == 0.7
     assert row.intervals["cifar10_probe_top1"].value == 0.7
+    assert row.judged_data == {"": "ownownownownowno", "cifar10": "cifar10cifar10ci"}
+    assert (row.data_of("cifar10_probe_top1"), row.data_of("probe_top1")) == ("cifar10", "")
 
 
 def test_an_exclusive_timing_pass_replaces_the_speed_of_training(tmp_path: Path) -> None:

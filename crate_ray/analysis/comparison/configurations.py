@@ -15,10 +15,11 @@ from crate_ray.analysis.comparison.result import Axis, Configuration
 from crate_ray.analysis.comparison.wording import model_name
 from crate_ray.analysis.objectives import value_text
 from crate_ray.analysis.statistics import mean_t_interval
-from crate_ray.runs.rows import RunRow
+from crate_ray.runs.rows import Estimate, RunRow
 
+# What the control and the gain of a metric are called, where they are not called after it.
 _CONTROLS = {"probe_top1": "control_top1"}
-"""What the control of a metric is called, where it is not called after it."""
+_GAINS = {"probe_top1": "gain", "published_probe_top1": "published_gain"}
 _LABEL_KEYS = {
     "mask_ratio": "mask",
     "ista_step_size": "step",
@@ -207,16 +208,30 @@ def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: 
         params_total=row.params_total,
         is_confirmed=all(item.stage != "screen" for item in group),
         tuning_trials=next((item.tuning_trials for item in group if item.tuning_trials is not None), None),
-        gains=tuple(item.values[metric] - controls[item.seed] for item in group if item.seed in controls),
+        gain=_gain(group, controls, metric),
     )
     return replace(unlabelled, positions=_positions(unlabelled))
 
 
 def control_of(row: RunRow, metric: str) -> float | None:
     """The metric of the same encoder untrained, by the same protocol; None where it was not measured."""
-    name = _CONTROLS.get(metric, f"control_{metric}")
+    name = _named_as(row, metric, _CONTROLS, "control_{}")
     value = row.intervals[name].value if name in row.intervals else row.values.get(name, math.nan)
     return value if math.isfinite(value) else None
+
+
+def _gain(group: Sequence[RunRow], controls: Mapping[int, float], metric: str) -> Estimate | None:
+    gains = [row.values[metric] - controls[row.seed] for row in group if row.seed in controls]
+    if len(gains) > 1:
+        return mean_t_interval(gains)
+    return group[0].intervals.get(_named_as(group[0], metric, _GAINS, "{}_gain")) if len(group) == 1 else None
+
+
+def _named_as(row: RunRow, metric: str, names: Mapping[str, str], otherwise: str) -> str:
+    """What stands beside a metric, on the same shards."""
+    prefix = f"{data}_" if (data := row.data_of(metric)) else ""
+    own = metric.removeprefix(prefix)
+    return prefix + names.get(own, otherwise.format(own))
 
 
 def _positions(item: Configuration) -> dict[Axis, float | None]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from crate_ray.analysis.comparison.result import Axis, Configuration, Finding, Severity
 from crate_ray.analysis.objectives import count_text, value_text
-from crate_ray.analysis.statistics import mean_t_interval
 from crate_ray.config import digest
 from crate_ray.runs.rows import RunRow
 
@@ -33,8 +32,9 @@ def parts_of(item: Configuration, metric: str) -> dict[str, Any]:
     """What two configurations must share: the compare parts, how they were judged and, of a loss, its question."""
     row = item.rows[0]
     split, protocol = row.judge_of(metric)
+    data = {"judged_data": row.judged_data.get(row.data_of(metric))} if split is not None else {}
     target = {f"loss_target.{key}": value for key, value in row.loss_target.items()} if is_loss(metric) else {}
-    return {**row.compare, "judged_split": split, "protocol": protocol, **target}
+    return {**row.compare, "judged_split": split, "protocol": protocol, **data, **target}
 
 
 def is_loss(metric: str) -> bool:
@@ -227,18 +227,7 @@ def _dirty(configurations: Sequence[Configuration]) -> Iterator[Finding]:
 
 def without_gain(configurations: Sequence[Configuration]) -> list[str]:
     """Labels of those that are not shown to beat the same encoder untrained, where that was measured."""
-    return [item.label for item in configurations if beats_control(item) is False]
-
-
-def beats_control(item: Configuration) -> bool | None:
-    """Whether the 95% interval of the gain lies above 0: over seeds, or of a single seed over source images.
-
-    None where the control was not measured.
-    """
-    if len(item.gains) > 1:
-        return mean_t_interval(item.gains).low > 0
-    gain = item.rows[0].intervals.get("gain")
-    return gain.low > 0 if gain is not None and item.gains else None
+    return [item.label for item in configurations if item.beats_control is False]
 
 
 def _control(configurations: Sequence[Configuration]) -> Iterator[Finding]:

@@ -49,7 +49,8 @@ class Configuration:
         params_total: Trainable parameters of the whole model.
         is_confirmed: Whether it was retrained with seeds that chose nothing.
         tuning_trials: Of its arm.
-        gains: Of each seed, the metric minus that of its untrained control; of those where both were measured.
+        gain: The metric minus that of the untrained control of the same seed: over seeds, or a single seed's over source
+            images; None where that was not measured.
     """
 
     key: str
@@ -65,12 +66,17 @@ class Configuration:
     params_total: int
     is_confirmed: bool
     tuning_trials: int | None
-    gains: tuple[float, ...] = ()
+    gain: Estimate | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Of its rows."""
         return tuple(row.seed for row in self.rows)
+
+    @property
+    def beats_control(self) -> bool | None:
+        """Whether the whole interval of the gain lies above 0; None without one."""
+        return None if self.gain is None else self.gain.low > 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.frontier import NOUNS
-from crate_ray.analysis.comparison.gates import LEAST_SEEDS, beats_control, is_loss, names_text, without_gain
+from crate_ray.analysis.comparison.gates import LEAST_SEEDS, is_loss, names_text, without_gain
 from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, capital, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
 from crate_ray.analysis.comparison.wording import parameters_text, with_interval
@@ -98,7 +98,7 @@ def headline(
     elif not sentences and judged:
         sentences = [judged[0].verdict]
     elif not sentences:
-        is_shown = all(beats_control(item) for item in configurations)
+        is_shown = all(item.beats_control for item in configurations)
         control = ["Each beats its own untrained control."] if is_shown else control
         sentences = [_measured(configurations, differences, measure)]
     return " ".join([*sentences, *caution, *control])

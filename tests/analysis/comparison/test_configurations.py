@@ -144,3 +144,33 @@ def test_the_control_of_a_metric_is_that_of_its_own_protocol() -> None:
     assert sort_rows([row], "probe_top1").configurations[0].control == 0.4
     assert sort_rows([row], "knn_top1").configurations[0].control == 0.3
     assert sort_rows([replace(row, values={"eval_loss": 0.2})], "eval_loss").configurations[0].control is None
+
+
+def test_the_gain_is_over_seeds_or_of_one_seed_over_images_and_of_the_metric_that_is_compared() -> None:
+    rows = [synthetic_row(seed=seed, value=0.5 + 0.01 * seed) for seed in range(3)]
+    several = sort_rows(rows, METRIC).configurations[0]
+    assert several.gain is not None
+    assert math.isclose(several.gain.value, 0.11)
+    assert several.beats_control
+    one = sort_rows(rows[:1], METRIC).configurations[0]
+    assert one.gain == rows[0].intervals["gain"]
+    by_knn = sort_rows(rows[:1], "knn_top1").configurations[0]
+    assert by_knn.gain is None
+    assert by_knn.beats_control is None
+
+
+def test_numbers_on_other_shards_have_their_own_control_gain_and_data() -> None:
+    def row(model: str, digest: str) -> RunRow:
+        return synthetic_row(
+            model,
+            values={"probe_top1": 0.9, "cifar10_probe_top1": 0.7},
+            intervals={"cifar10_control_top1": Estimate(0.5, 0.4, 0.6), "cifar10_gain": Estimate(0.2, 0.1, 0.3)},
+            judged_data={"": "own", "cifar10": digest},
+        )
+
+    metric = "cifar10_probe_top1"
+    item = sort_rows([row("mae", "a")], metric).configurations[0]
+    assert (item.control, item.gain) == (0.5, Estimate(0.2, 0.1, 0.3))
+    other = compare([row("crate_mae", "a"), row("mae", "b")], name="made", metric=metric)
+    assert [finding.key for finding in other.findings if finding.severity == "refused"] == ["judged_data"]
+    assert not [f for f in compare([row("crate_mae", "a"), row("mae", "b")], name="made").findings if f.severity == "refused"]
