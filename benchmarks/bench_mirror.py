@@ -34,6 +34,7 @@ from crate_ray.tracking.server import free_port
 EXPERIMENT = "crate-mae/bench"
 KEYS = tuple(f"train/value{number}" for number in range(10))
 STEPS_A_SECOND = 10
+_ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 6.0  # for the processes to import, so that all begin together
 
 
@@ -62,6 +63,7 @@ def work(folder: str, start: float, seconds: float) -> Steps:
     writer = RecordWriter(RunFolder(folder), 1)
     matrix = np.random.default_rng(0).standard_normal((192, 192))
     took_ms, late_ms = list[float](), list[float]()
+    start = max(start, time.time())
     for step in range(1, round(seconds * STEPS_A_SECOND) + 1):
         due = start + step / STEPS_A_SECOND
         time.sleep(max(0.0, due - time.time()))
@@ -90,7 +92,7 @@ class Runs:
         command = [sys.executable, "-m", "benchmarks.bench_mirror", "work", "--start", str(start), "--seconds", str(seconds)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         return [
-            subprocess.Popen([*command, "--folder", folder.uri], stdout=subprocess.PIPE, text=True, env=environment)
+            subprocess.Popen([*command, "--folder", folder.uri], stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT)
             for folder in self.folders
         ]
 
