@@ -185,16 +185,17 @@ def plain_probe(train: Rows, judged: Rows, probe: LinearProbe, *, seed: int = 0)
     return ProbeResult(accuracy_interval(correct_Q, judged.sources_N, seed=seed), c, correct_Q)
 
 
-def _choose_and_score(train: Rows, validation: Rows, judged: Rows, *, standardise: bool, seed: int) -> ProbeResult:
-    fits = _fit_grid(train.features_ND, train.labels_N, standardise=standardise)
-    validation_scores = [_correct(fit, validation).mean() for fit in fits]
-    best = int(np.argmax(validation_scores))
+def _choose_and_score(train: Rows, validation: Rows | None, judged: Rows, *, standardise: bool, seed: int) -> ProbeResult:
+    """With C from `C_GRID`; without validation rows the largest, which is scikit-learn's default."""
+    c_grid = C_GRID if validation is not None else C_GRID[-1:]
+    fits = _fit_grid(train.features_ND, train.labels_N, standardise=standardise, c_grid=c_grid)
+    best = 0 if validation is None else int(np.argmax([_correct(fit, validation).mean() for fit in fits]))
     correct_Q = _correct(fits[best], judged)
-    return ProbeResult(accuracy_interval(correct_Q, judged.sources_N, seed=seed), C_GRID[best], correct_Q)
+    return ProbeResult(accuracy_interval(correct_Q, judged.sources_N, seed=seed), c_grid[best], correct_Q)
 
 
 def raw_pixel_probe(
-    train: Rows, validation: Rows, judged: Rows, *, rows_per_source: int = RAW_ROWS_PER_SOURCE, seed: int = 0
+    train: Rows, validation: Rows | None, judged: Rows, *, rows_per_source: int = RAW_ROWS_PER_SOURCE, seed: int = 0
 ) -> ProbeResult:
     """The linear probe on pixels: what no encoder at all would score.
 
@@ -205,7 +206,7 @@ def raw_pixel_probe(
 
     Args:
         train: Pixels the probe is fitted on.
-        validation: Pixels C is chosen on.
+        validation: Pixels C is chosen on; None takes C = 1.
         judged: Pixels the accuracy is measured on.
         rows_per_source: Training rows kept of each source image.
         seed: Of the bootstrap.
@@ -214,11 +215,14 @@ def raw_pixel_probe(
     columns, copies = _distinct_columns(train.features_ND[kept])
     pixels_ND = train.features_ND[kept][:, columns].astype(np.float64)
     center_D, scale_D = pixels_ND.mean(axis=0), np.sqrt(copies) / pixels_ND.std(axis=0)
-    splits = [
-        Rows(((part.features_ND[:, columns] - center_D) * scale_D).astype(np.float32), part.labels_N, part.sources_N)
-        for part in (Rows(train.features_ND[kept], train.labels_N[kept], train.sources_N[kept]), validation, judged)
-    ]
-    return _choose_and_score(*splits, standardise=False, seed=seed)
+
+    def scaled(part: Rows) -> Rows:
+        pixels = ((part.features_ND[:, columns] - center_D) * scale_D).astype(np.float32)
+        return Rows(pixels, part.labels_N, part.sources_N)
+
+    fitted = Rows(train.features_ND[kept], train.labels_N[kept], train.sources_N[kept])
+    chosen_on = None if validation is None else scaled(validation)
+    return _choose_and_score(scaled(fitted), chosen_on, scaled(judged), standardise=False, seed=seed)
 
 
 def _distinct_columns(features_ND: FloatArray) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

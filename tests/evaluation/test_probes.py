@@ -84,6 +84,13 @@ def test_raw_pixel_probe_solves_the_problem_it_shortens(splits):
     np.testing.assert_array_equal(result.correct_Q, correct)
 
 
+def test_raw_pixels_without_validation_are_judged_at_the_default_of_the_solver(splits):
+    train, validation, judged = splits
+    alone = raw_pixel_probe(train, None, judged, rows_per_source=PLACEMENTS)
+    assert alone.chosen_c == 1.0
+    assert raw_pixel_probe(train, validation, judged, rows_per_source=PLACEMENTS).chosen_c in (0.01, 0.1, 1.0)
+
+
 def test_few_label_draws_take_one_row_of_as_many_sources_of_each_class(splits):
     train = splits[0]
     draws = draw_few_labels(train.labels_N, train.sources_N, per_class=5, draws=4, seed=0)

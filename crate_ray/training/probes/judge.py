@@ -234,7 +234,8 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
         pixels, labels = raw_pixels(read_images(config, source, sample_ids=ids))
         return Rows(pixels, labels, index.sources[ids])
 
-    return raw_pixel_probe(rows("train"), rows("validation"), rows(split)).top1
+    chosen_on = None if config.data.eval is None else rows("validation")
+    return raw_pixel_probe(rows("train"), chosen_on, rows(split)).top1
 
 
 def num_images(subject: Subject) -> int:

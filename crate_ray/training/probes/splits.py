@@ -80,7 +80,7 @@ def split_url(config: RunConfig, split: Split) -> str:
     key = _KEYS[split]
     url = getattr(config.data, key)
     if url is None:
-        raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}")
+        raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}, or --data a folder {split}")
     return str(url)
 
 
