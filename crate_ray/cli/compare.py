@@ -15,7 +15,7 @@ import typer
 
 from crate_ray.cli.arguments import Json
 from crate_ray.cli.compare_screen import as_document, print_comparison
-from crate_ray.cli.compare_sources import Material, gather, read_answers
+from crate_ray.cli.compare_sources import FolderAnswers, Material, gather
 from crate_ray.cli.output import print_json
 from crate_ray.cli.progress import plural
 from crate_ray.config import ConfigError
@@ -67,7 +67,7 @@ def compare(
         name=material.name,
         metric=metric,
         axes=(by, *(axis for axis in AXES if axis != by)),
-        answers=read_answers(material.rows, split),
+        answers=FolderAnswers(material.rows, split),
         layers=read_layers,
         unread=material.unread,
         commands=(shlex.join(["crate-ray", *sys.argv[1:]]),),

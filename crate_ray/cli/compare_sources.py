@@ -7,8 +7,7 @@ probes, is read from the folders of the runs.
 
 import contextlib
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from crate_ray.config import ConfigError, TrackingConfig
 from crate_ray.runs import RunFolder, list_runs
 from crate_ray.runs.rows import RunRow, Split, read_run_rows
 
-_READERS = 16
 _REPORT = "comparison"
 _DATABASE = "mlflow.db"
 _DEFAULT_ROOT = "out"
@@ -94,23 +92,42 @@ def gather(what: Sequence[str], *, split: Split, uri: str | None, experiment: st
     return material
 
 
-def read_answers(rows: Sequence[RunRow], split: Split) -> dict[str, dict[str, Any]]:
-    """What the probes of runs answered on each source image, by run_uid; of runs whose folder can be read at once.
+class FolderAnswers(Mapping[str, dict[str, Any]]):
+    """What the probes of runs answered on each source image, by run_uid; read from a run's folder when it is asked for.
 
-    Screening trials enter no difference, so theirs are not read.
+    Of large test sets the answers of all runs are gigabytes, and a comparison asks for those of its pairs alone. A folder of
+    another machine, or of a bucket that this one may not read, has none.
+
+    Args:
+        rows: Of the runs.
+        split: That was judged.
     """
-    wanted = [row for row in rows if row.is_complete and row.judged_split == split and row.stage != "screen"]
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda row: _answers(row, split), wanted)
-        return {row.run_uid: body for row, body in zip(wanted, found, strict=True) if body is not None}
 
+    def __init__(self, rows: Sequence[RunRow], split: Split) -> None:
+        self._rows = {row.run_uid: row for row in rows if row.judged_split == split}
+        self._split = split
+        self._read: dict[str, dict[str, Any] | None] = {}
 
-def _answers(row: RunRow, split: Split) -> dict[str, Any] | None:
-    try:
-        with storage.retry_deadline(0):
-            return RunFolder(row.uri).read_json(f"answers_{split}.json")
-    except (OSError, ConfigError):  # of another machine, or of a bucket that this one may not read
-        return None
+    def __getitem__(self, run_uid: str) -> dict[str, Any]:
+        if run_uid not in self._read:
+            self._read[run_uid] = self._answers(self._rows[run_uid])
+        body = self._read[run_uid]
+        if body is None:
+            raise KeyError(run_uid)
+        return body
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _answers(self, row: RunRow) -> dict[str, Any] | None:
+        try:
+            with storage.retry_deadline(0):
+                return RunFolder(row.uri).read_json(f"answers_{self._split}.json")
+        except (OSError, ConfigError):
+            return None
 
 
 def _of_folder(item: str, split: Split) -> Material:

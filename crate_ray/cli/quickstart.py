@@ -109,12 +109,12 @@ def _probe(folders: "list[RunFolder]") -> None:
 def _compare(folders: "list[RunFolder]", overrides: list[str]) -> "Comparison":
     from crate_ray.analysis.comparison.compare import compare
     from crate_ray.analysis.comparison.layers import read_layers
-    from crate_ray.cli.compare_sources import read_answers
+    from crate_ray.cli.compare_sources import FolderAnswers
     from crate_ray.runs.rows import read_run_rows
 
     rows = read_run_rows(folders, split="test").rows
     command = " ".join(["crate-ray quickstart", *(f"--set {item}" for item in overrides)])
-    return compare(rows, name="quickstart", answers=read_answers(rows, "test"), layers=read_layers, commands=(command,))
+    return compare(rows, name="quickstart", answers=FolderAnswers(rows, "test"), layers=read_layers, commands=(command,))
 
 
 def _log(study: "Study", report: Path, files: list[str], headline: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from crate_ray.config import digest
-from crate_ray.tracking.client import absolute_uri, one_line, open_client, public_uri, web_url
+from crate_ray.tracking.client import absolute_uri, configure, explain, public_uri, web_url
 from crate_ray.tracking.describe import MAX_NAME, PARENT_TAG, RUN_UID_TAG
-from crate_ray.tracking.experiment import initialise
+from crate_ray.tracking.experiment import connect
 from crate_ray.tracking.limits import MAX_TAG, log_tags, valid_text
 from crate_ray.tracking.replay import Session, find_run
 from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 NOTE_TAG = "mlflow.note.content"
 HEADLINE_TAG = "crate_ray.headline"
+TIMEOUT_S = 10.0  # of one request
 FOLDER = "comparison"  # among the artifacts of the run above
 
 
@@ -66,27 +67,29 @@ def log_comparison(
     Raises:
         ConfigError: The store or the experiment cannot be used at all.
     """
-    experiment_id = initialise(uri, experiment)
-    if experiment_id is None:
-        return None
+    uri = absolute_uri(uri)
+    configure(timeout_s=TIMEOUT_S)
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    session = Session(open_client(uri), absolute_uri(uri), experiment_id)
     line = " ".join(headline.split())
     try:
+        client, experiment_id = connect(uri, experiment, timeout_s=TIMEOUT_S)
+        session = Session(client, uri, experiment_id)
         parent = find_run(session, parent_uid) if parent_uid is not None else None
         parent_id = None if parent is None else str(parent.info.run_id)
         own = {**(tags or {}), "kind": "compare", RUN_UID_TAG: f"compare-{digest([experiment, name])[:32]}"}
         run_id = _open_run(session, name, own | ({PARENT_TAG: parent_id} if parent_id else {}))
         for target in filter(None, (run_id, parent_id)):
-            _send(session.client, target, folder, files, FOLDER if target == parent_id else "")
-            _put_note(session.client, target, line)
-        session.client.set_terminated(run_id, "FINISHED")
+            _send(client, target, folder, files, FOLDER if target == parent_id else "")
+            _put_note(client, target, line)
+        client.set_terminated(run_id, "FINISHED")
         _put_experiment_note(session, line)
-    except (MlflowException, OSError) as error:
-        logger.warning("the comparison is not in MLflow at %s: %s", public_uri(uri), one_line(error))
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        text = "the comparison is not in MLflow at %s (%s); the report is in %s, and the same command sends it"
+        logger.warning(text, public_uri(uri), explain(error), folder)
         return None
-    base = web_url(session.uri)
+    base = web_url(uri)
     return LoggedComparison(run_id, run_url(base, experiment_id, run_id), view_url(base, experiment_id, EFFICIENCY))
 
 

@@ -48,6 +48,8 @@ def finished(tmp_path: Path) -> Callable[..., RunFolder]:
                 write_final(folder, NullSink(), 600, values)
                 intervals = {"probe_top1": [top1, top1 - 0.02, top1 + 0.02], "gain": [top1 - 0.7, top1 - 0.73, top1 - 0.67]}
                 folder.write_json(f"probe_{split}.json", {"split": split, "protocol": 1, "values": values, **intervals})
+                answers = {"sources": ["a", "b", "c"], "rows": [9, 9, 9], "correct": {"probe_top1": [9 * top1, 8, 7]}}
+                folder.write_json(f"answers_{split}.json", answers)
         lease.end(state)
         return folder
 
@@ -83,8 +85,11 @@ def test_runs_in_a_folder_get_verdicts_and_a_report_beside_them_though_mlflow_is
     folder = tmp_path / "out" / "comparison"
     assert {path.name for path in folder.iterdir()} == REPORT | {"figures"}
     assert f"report    {folder}/report.md\n" in result.out
-    assert json.loads((folder / "comparison.json").read_text())["headline"] == headline
-    assert "does not answer" in caplog.text
+    document = json.loads((folder / "comparison.json").read_text())
+    assert document["headline"] == headline
+    (difference,) = document["differences"]  # with one configuration of each
+    assert difference["test_noise"]["value"] == pytest.approx((0.845 - 0.905) * 9 / 27)
+    assert "the same command sends it" in caplog.text
 
 
 def test_a_split_that_no_run_was_judged_on_is_an_error_with_the_command(invoke, finished, tmp_path) -> None:

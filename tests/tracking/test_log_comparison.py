@@ -76,4 +76,4 @@ def test_a_note_keeps_every_line_but_the_earlier_verdict() -> None:
 def test_a_server_that_is_down_is_a_warning_and_no_error(tmp_path: Path, experiment: str, caplog: Any) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     assert log_comparison(uri, experiment, name="a", folder=write_report(tmp_path), files=FILES, headline="x") is None
-    assert "does not answer" in caplog.text
+    assert f"the comparison is not in MLflow at {uri}" in caplog.text
