@@ -252,6 +252,8 @@ def _check_workers(config: RunConfig, have: "Capacity", *, where: str, state: Li
     room = have.workers_at_most(need)
     each = " and ".join(f"{amount:g} {key}" for key, amount in need.items())
     found = f"{workers_in_words(config.scale)} of {each} each; {where} has room for {room}"
+    if have.is_open:
+        found += " now, and may get nodes for more"
     if have.may_fit(need, config.scale.min_workers):
         return Check("workers", "ok", found)
     ask = "" if state == "fail" else "; RAY_ADDRESS asks the cluster that is to run it"
