@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crate_ray.config import RunConfig, SweepConfig, dump_sweep, fingerprint
 from crate_ray.models.cost import count_parameters, training_flops_per_image
@@ -119,6 +121,29 @@ def test_a_row_comes_back_from_json_whatever_numbers_it_holds(tmp_path: Path) ->
     assert math.isnan(back.values["eval_loss"])
     assert replace(back, values={}) == replace(row, values={})
     assert {**back.values, "eval_loss": 0} == {**row.values, "eval_loss": 0}
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+names = st.text(min_size=1, max_size=8)
+
+
+@settings(max_examples=50)
+@given(
+    st.dictionaries(names, numbers, max_size=3),
+    st.dictionaries(names, st.tuples(numbers, numbers, numbers), max_size=2),
+    st.dictionaries(names, st.none() | st.booleans() | st.integers() | names | st.lists(st.integers(), max_size=2), max_size=3),
+    st.none() | st.integers(0, 99),
+)
+def test_any_row_survives_json(
+    values: dict[str, float], intervals: dict[str, Any], parts: dict[str, Any], trials: int | None
+) -> None:
+    row = RunRow(
+        run_uid="1", name="run", uri="/run", kind="train", family="vit", model="mae", recipe="r", seed=2**62, state="FINISHED",
+        is_complete=True, configuration="0" * 8, params_total=1, params_encoder=1, params_paper=1, train_flops_per_image=1.5,
+        images=3, train_pflops=4.5, train_hours=0.1, values=values, settings=parts, compare=parts, tuning_trials=trials,
+        intervals={key: Estimate(*ends) for key, ends in intervals.items()},
+    )  # fmt: skip
+    assert repr(RunRow.of(json.loads(json.dumps(row.as_dict(), allow_nan=False)))) == repr(row)
 
 
 def test_a_row_holds_the_judgement_on_one_split_alone(tmp_path: Path) -> None:
