@@ -78,7 +78,7 @@ def model_style(model: str, family: str) -> Style:
 
 def short(label: str, letters: int = _MAX_LABEL) -> str:
     """A name as a picture can hold it: printable, in one line, of at most so many letters."""
-    clean = "".join(letter for letter in " ".join(label.split()) if letter.isprintable())
+    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in label).split())
     return clean if len(clean) <= letters else clean[: letters - 1] + "…"
 
 

@@ -39,7 +39,9 @@ NAMES = (*(cost.name for cost in COSTS), DIFFERENCES, SENSITIVITY, LAYERS)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """A picture to be drawn: how, and the words with it."""
+
     plot: Callable[[Comparison, Page], "Figure"]
     title: str
     caption: str
@@ -66,22 +68,27 @@ def draw(comparison: Comparison, *, dpi: int = 150) -> Drawings:
         comparison: What was found.
         dpi: Of the PNG.
     """
-    plans: dict[str, _Plan | str] = {cost.name: _cost_plan(comparison, cost) for cost in COSTS}
-    plans[DIFFERENCES] = _differences_plan(comparison)
-    plans[SENSITIVITY] = _sensitivity_plan(comparison)
-    plans[LAYERS] = _layers_plan(comparison)
-    drawn = {
-        name: drawing(
-            name, lambda page, plan=plan: plan.plot(comparison, page),  # type: ignore[misc]
-            title=plan.title, caption=plan.caption, alt=plan.alt, dpi=dpi,
-        )
-        for name, plan in plans.items()
-        if isinstance(plan, _Plan)
-    }  # fmt: skip
-    return Drawings(drawn, {name: plan for name, plan in plans.items() if isinstance(plan, str)})
+    plans = plan(comparison)
+    drawn = {name: _drawn(comparison, name, item, dpi) for name, item in plans.items() if isinstance(item, Plan)}
+    return Drawings(drawn, {name: item for name, item in plans.items() if isinstance(item, str)})
 
 
-def _cost_plan(comparison: Comparison, cost: Cost) -> _Plan | str:
+def plan(comparison: Comparison) -> dict[str, Plan | str]:
+    """What is to be drawn, by name; for the rest the sentence that says why there is no picture."""
+    return {
+        **{cost.name: _cost_plan(comparison, cost) for cost in COSTS},
+        DIFFERENCES: _differences_plan(comparison),
+        SENSITIVITY: _sensitivity_plan(comparison),
+        LAYERS: _layers_plan(comparison),
+    }
+
+
+def _drawn(comparison: Comparison, name: str, item: Plan, dpi: int) -> Drawing:
+    words = {"title": item.title, "caption": item.caption, "alt": item.alt}
+    return drawing(name, lambda page: item.plot(comparison, page), dpi=dpi, **words)
+
+
+def _cost_plan(comparison: Comparison, cost: Cost) -> Plan | str:
     points = points_of(comparison, cost)
     if not points:
         if cost.axis == "time":
@@ -116,7 +123,7 @@ def _cost_plan(comparison: Comparison, cost: Cost) -> _Plan | str:
         )
     name = f"{sentence(measure.label)} against {cost.noun}"
     alt = f"{name}. {'; '.join(parts)}. Horizontal: {cost.label}; vertical: {measure.axis}."
-    return _Plan(lambda found, page: plot_cost(found, cost, page), name, caption, alt)
+    return Plan(lambda found, page: plot_cost(found, cost, page), name, caption, alt)
 
 
 def hardware_refusal(comparison: Comparison) -> str | None:
@@ -125,7 +132,7 @@ def hardware_refusal(comparison: Comparison) -> str | None:
     return next(refusals, None)
 
 
-def _differences_plan(comparison: Comparison) -> _Plan | str:
+def _differences_plan(comparison: Comparison) -> Plan | str:
     shown = with_intervals(comparison)
     if not shown:
         return "No picture of differences: none has two pairs of seeds."
@@ -135,10 +142,10 @@ def _differences_plan(comparison: Comparison) -> _Plan | str:
         caption += f" The first of each axis in the order declared, {num_drawn} of {len(shown)}; the table has all."
     firm = sum(item.why_no_verdict is None for item in shown)
     found = f"{count_text(len(shown), 'difference')} between CRATE and MAE with intervals; {firm} with a verdict."
-    return _Plan(plot_differences, "Differences, paired by seed", caption, f"{found} All are in the table.")
+    return Plan(plot_differences, "Differences, paired by seed", caption, f"{found} All are in the table.")
 
 
-def _sensitivity_plan(comparison: Comparison) -> _Plan | str:
+def _sensitivity_plan(comparison: Comparison) -> Plan | str:
     keys = list(dict.fromkeys(item.key for item in comparison.sensitivities))
     if not keys:
         return "No picture of sensitivity: neither mask ratio nor ISTA step nor threshold was varied."
@@ -147,14 +154,14 @@ def _sensitivity_plan(comparison: Comparison) -> _Plan | str:
         "Best of the rest of the space at each value. Hollow: of screening runs, exploratory, and flattered by the choice."
     )
     alt = f"What was measured along {', '.join(names)}, by model. All values are in the table."
-    return _Plan(plot_sensitivity, "Sensitivity", caption, alt)
+    return Plan(plot_sensitivity, "Sensitivity", caption, alt)
 
 
-def _layers_plan(comparison: Comparison) -> _Plan | str:
+def _layers_plan(comparison: Comparison) -> Plan | str:
     curves = [curve for curve in comparison.layers if any(math.isfinite(value) for value in curve.trained)]
     if not curves:
         return "No picture by layer: no compared run has white-box measures."
     names = [MEASURE_NAMES.get(name, name) for name in dict.fromkeys(curve.measure for curve in curves)]
     caption = "Solid: after training. Dashed: the same model at initialisation, without which a falling curve says nothing."
     alt = f"By encoder layer, trained and at initialisation: {', '.join(names)}. All values are in the table."
-    return _Plan(plot_layers, "White-box measures by layer", caption, alt)
+    return Plan(plot_layers, "White-box measures by layer", caption, alt)

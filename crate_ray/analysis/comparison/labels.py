@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]  # left, bottom, right, top in pixels
 _MARKER = 5.0
 _GAP = 8.0
-_DISTANCES = (1.0, 1.9, 3.0)
+_DISTANCES = (1.0, 1.9, 3.0, 4.5)
 # Across and up: where the name's middle lies from its point, in halves of its own size.
 _DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
-_UPON_NAME, _UPON_MARKER, _UPON_LINE = 1000.0, 300.0, 4.0
+_UPON_NAME, _UPON_MARKER, _UPON_LINE = 1e5, 300.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def _text_size(axes: "Axes", text: str, font_pt: float) -> tuple[float, float]:
     from matplotlib.font_manager import FontProperties
 
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[union-attr,attr-defined]
-    width, height, _ = renderer.get_text_width_height_descent(text, FontProperties(size=font_pt), False)
+    font = FontProperties(size=font_pt)
+    width = renderer.get_text_width_height_descent(text, font, False)[0]
+    height = renderer.get_text_width_height_descent("lp", font, False)[1]  # as matplotlib lays out a line
     return width + 2, height + 2
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from crate_ray.analysis.comparison.canvas import INK, MUTED, PAPER, Page, legend, model_style, short, title
-from crate_ray.analysis.comparison.hypotheses import is_distinguished
+from crate_ray.analysis.comparison.hypotheses import AT, is_distinguished
 from crate_ray.analysis.comparison.result import Comparison, Difference, LayerCurve, Sensitivity
 from crate_ray.analysis.comparison.wording import (
-    AXIS_NAMES,
     FAMILY_NAMES,
     MEASURE_NAMES,
     SETTING_NAMES,
@@ -62,7 +61,7 @@ def plot_differences(comparison: Comparison, page: Page) -> "Figure":
     place = 0.0
     for axis, items in groups.items():
         heading: dict[str, Any] = {"fontsize": page.font_pt - 0.5, "fontweight": "bold", "va": "center"}
-        axes.text(0, place, sentence(AXIS_NAMES[axis]), transform=axes.get_yaxis_transform(), **heading)
+        axes.text(0, place, sentence(AT[axis]), transform=axes.get_yaxis_transform(), **heading)
         place += _HEADING_LINES
         for item in items:
             _draw_difference(axes, place, item, measure, is_larger_better=comparison.is_larger_better)

@@ -20,17 +20,16 @@ STYLE = """\
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--font); }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem clamp(0.75rem, 4vw, 2rem) 4rem; }
+main { overflow-wrap: anywhere; max-width: 70rem; margin: 0 auto; padding: 1.5rem clamp(0.75rem, 4vw, 2rem) 4rem; }
 h1 { font-size: clamp(1.25rem, 1rem + 1.6vw, 1.8rem); line-height: 1.3; margin: 0.2rem 0 0.7rem; text-wrap: pretty; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.6rem 0 0.8rem; padding-top: 0.7rem; border-top: 1px solid var(--grid); }
-p, li, dd { overflow-wrap: anywhere; }
 p, ul { max-width: 46rem; }
 a { color: var(--link); }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.9em; }
-code { overflow-wrap: anywhere; background: var(--raised); border-radius: 3px; padding: 0 0.2em; }
+code { background: var(--raised); border-radius: 3px; padding: 0 0.2em; }
 pre { overflow-x: auto; background: var(--raised); border-radius: 6px; padding: 0.8rem 1rem; }
 pre code { overflow-wrap: normal; background: none; padding: 0; }
-.title { margin: 0; color: var(--muted); overflow-wrap: anywhere; }
+.title { margin: 0; color: var(--muted); }
 .lead { margin: 0 0 1.2rem; color: var(--muted); }
 .verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0.8rem; margin: 0; }
 .verdicts > div { background: var(--raised); border-radius: 6px; padding: 0.8rem 1rem; }
@@ -49,7 +48,7 @@ figure svg.narrow { display: none; max-width: 26rem; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: 0.9rem; max-width: 46rem; margin-top: 0.4rem; }
 .scroll { overflow-x: auto; margin: 1.2rem 0; border: 1px solid var(--grid); border-radius: 6px; }
 .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem; line-height: 1.4; }
+table { overflow-wrap: break-word; border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem; line-height: 1.4; }
 caption { caption-side: top; text-align: left; padding: 0.6rem 0.7rem; color: var(--muted); }
 th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--grid); }
 td { max-width: 24rem; min-width: 3.5rem; }
@@ -61,7 +60,7 @@ th[scope="row"], thead th:first-child { position: sticky; left: 0; background: v
   min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
 thead th:first-child { background: var(--raised); }
 details { margin: 0.6rem 0; max-width: 46rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
 details p { color: var(--muted); font-size: 0.9rem; }
 @media screen and (max-width: 40rem) {
   figure svg.wide { display: none; }
@@ -74,16 +73,17 @@ details p { color: var(--muted); font-size: 0.9rem; }
   :root { --paper: #ffffff; --ink: #000000; --muted: #444444; --grid: #cccccc; --raised: #f2f2f2; --link: #000000;
     --urgent: #9a3b00; --urgent-paper: #ffffff; color-scheme: light; }
   body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
+  main { overflow-wrap: anywhere; max-width: none; padding: 0; }
   nav { display: none; }
   h2 { break-after: avoid; margin-top: 1.6rem; }
   figure, .verdicts > div, tr { break-inside: avoid; }
-  figure svg.wide { max-width: 100%; max-height: 22cm; }
+  figure svg.wide { max-width: 15.5cm; max-height: 22cm; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 6.6pt; }
   th, td, td.long, thead th { padding: 0.15rem 0.25rem; min-width: 0; }
   td.number { white-space: normal; }
-  th[scope="row"], thead th:first-child { position: static; min-width: 0; max-width: none; }
+  th[scope="row"], thead th:first-child { position: static; min-width: 0; max-width: none;
+    overflow-wrap: break-word; }
   details::details-content { content-visibility: visible; block-size: auto; }
   pre, pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
 }

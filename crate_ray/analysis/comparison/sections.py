@@ -19,12 +19,11 @@ from crate_ray.analysis.comparison.document import (
     Table,
 )
 from crate_ray.analysis.comparison.figures import DIFFERENCES, LAYERS, MAIN, SENSITIVITY
-from crate_ray.analysis.comparison.hypotheses import is_distinguished
+from crate_ray.analysis.comparison.hypotheses import AT, is_distinguished
 from crate_ray.analysis.comparison.method import method
 from crate_ray.analysis.comparison.result import AXES, Comparison, Configuration, Curve, Difference, LayerCurve
 from crate_ray.analysis.comparison.scatter import COSTS
 from crate_ray.analysis.comparison.wording import (
-    AXIS_NAMES,
     AXIS_UNITS,
     BASELINES,
     FAMILY_NAMES,
@@ -93,12 +92,7 @@ def _verdicts(comparison: Comparison) -> dict[str, str]:
     has_time = any(item.positions.get("time") is not None for item in comparison.configurations)
     if not has_time and "crate-ray time" not in texts["time"]:
         texts["time"] = f"{texts['time']} {NO_TIME}"
-    return {(name := _axis_name(axis)): _without(name, text) for axis, text in texts.items()}
-
-
-def _axis_name(axis: str) -> str:
-    name = AXIS_NAMES.get(axis, axis)
-    return sentence(f"at {name}" if name.startswith("equal") else name)
+    return {(name := sentence(AT.get(axis, axis))): _without(name, text) for axis, text in texts.items()}
 
 
 def _without(name: str, text: str) -> str:
@@ -191,7 +185,7 @@ def _differences(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Blo
     measure = metric_measure(comparison)
     unit = f" ({measure.difference_unit})" if measure.difference_unit else ""
     has_dropped = any(item.dropped for item in comparison.differences)
-    header = ("equal in", "CRATE", "MAE", f"CRATE minus MAE{unit} [95%]", "pairs", "p", "p (Holm)",
+    header = ("where", "CRATE", "MAE", f"CRATE minus MAE{unit} [95%]", "pairs", "p", "p (Holm)",
               "test-set noise [95%]", "result", *(("left out",) if has_dropped else ()))  # fmt: skip
     texts = frozenset({0, 1, 2, *range(8, len(header))})
     lines = tuple(
@@ -204,7 +198,7 @@ def _differences(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Blo
 def _difference_cells(item: Difference, measure: Measure, *, is_larger_better: bool, has_dropped: bool) -> tuple[str, ...]:
     dropped = "; ".join(f"seed {seed}: {why}" for seed, why in item.dropped.items()) or "-"
     return (
-        AXIS_NAMES[item.axis].removeprefix("equal "),
+        AT[item.axis].removeprefix("at "),
         item.first.label,
         item.second.label,
         difference_text(measure, item.interval),

@@ -23,12 +23,6 @@ BASELINES: Mapping[str, str] = {
     "mae_all_tokens": "a ViT whose encoder sees all tokens, as CRATE-MAE's does.",
 }
 """The two MAE that every chart names, and what tells them apart."""
-AXIS_NAMES: Mapping[str, str] = {
-    "params": "equal encoder parameters",
-    "flops": "equal training compute",
-    "time": "equal training time",
-    "best": "the best of each family",
-}
 AXIS_UNITS: Mapping[Axis, str] = {
     "params": "trainable encoder parameters",
     "flops": "training PFLOPs",
@@ -125,10 +119,10 @@ def optional_amount(value: float | None) -> str:
 
 
 def p_text(p_value: float | None) -> str:
-    """'0.032', '< 0.001', or "-"."""
+    """'0.032', '<0.001', or "-"."""
     if p_value is None or math.isnan(p_value):
         return "-"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
