@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 from crate_ray import storage
-from crate_ray.config import ConfigError, RunConfig, digest
+from crate_ray.config import ConfigError, RunConfig, digest, is_exploratory
 from crate_ray.runs.folder import RunFolder, sweep_of
 from crate_ray.runs.records import decode_number, encode_number
 from crate_ray.runs.screening import Screening, read_screening
@@ -88,6 +88,7 @@ class RunRow:
         created: Unix seconds.
         measured_by: Name and version of the protocol of each judged value: "house/1".
         judged_data: Digest of the shards that were judged on, by the name that values on them begin with; "" for the run's own.
+        untuned: Of a sweep's run: why its arms had no equally tuned learning rates; None where they had, and outside a sweep.
     """
 
     run_uid: str
@@ -131,6 +132,7 @@ class RunRow:
     created: float | None = None
     measured_by: Mapping[str, str] = field(default_factory=dict)
     judged_data: Mapping[str, str] = field(default_factory=dict)
+    untuned: str | None = None
 
     def data_of(self, metric: str) -> str:
         """The name of the shards that a value is of, which it begins with; "" for the run's own."""
@@ -244,6 +246,7 @@ def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None
         tuning_trials=screening.tried.get(trial.arm, 0) if screening and trial else None,
         place=screening.place_of(trial) if screening and trial and stage == "confirm" else None,
         created=meta.get("created"),
+        untuned=is_exploratory(screening.sweep) if screening else None,
         loss_target=loss_target(config),
         **_described(config, parts.get("precision")),
         **_cost(final, trial),

@@ -279,6 +279,7 @@ def test_trials_know_their_arm_what_it_was_tuned_and_the_place_of_what_is_confir
     assert (stopped.is_complete, stopped.incomplete) == (False, "stopped by the scheduler at step 4 of 10")
     assert (stopped.params_total, stopped.params_encoder) == (1_500_000, 500_000)
     assert stopped.place is None
+    assert {row.untuned for row in rows.values()} == {None}, "the learning rate was tuned over one grid"
 
 
 def test_a_screening_trial_is_read_on_validation_whatever_is_asked(tmp_path: Path) -> None:

@@ -43,12 +43,14 @@ class Sorted:
     """Rows in their places.
 
     Attributes:
+        rows: All, each run once.
         configurations: By family, then by encoder parameters.
         screening: Complete rows of a sweep's first stage.
         excluded: Why each other row is not compared, by its name.
         judged_split: What the metric was judged on, in all configurations; None for a metric without a judge.
     """
 
+    rows: tuple[RunRow, ...]
     configurations: tuple[Configuration, ...]
     screening: tuple[RunRow, ...]
     excluded: Mapping[str, str]
@@ -91,11 +93,13 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     reasons |= _twice([row for row in candidates if row.run_uid not in reasons], names)
     kept = [row for row in candidates if row.run_uid not in reasons]
     configurations = _configurations(kept, unique, reasons, metric)
-    return Sorted(configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, judge[0])
+    return Sorted(
+        tuple(unique), configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, judge[0]
+    )
 
 
-def _order(row: RunRow) -> tuple[str, str, int, str]:
-    return row.family, row.configuration, row.seed, row.run_uid
+def _order(row: RunRow) -> tuple[str, str, int, str, str]:
+    return row.family, row.configuration, row.seed, row.run_uid, row.judged_split or ""
 
 
 def _unique_names(rows: Sequence[RunRow]) -> dict[str, str]:

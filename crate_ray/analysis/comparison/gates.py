@@ -68,6 +68,8 @@ def flags(first: Configuration, second: Configuration) -> tuple[str, ...]:
     found = []
     if first.tuning_trials is None and second.tuning_trials is None:
         found.append("tuning budget not recorded")
+    if any(row.untuned for row in rows):
+        found.append("learning rates not tuned alike")
     if len({row.commit for row in rows}) > 1:
         found.append("trained by different versions of the code")
     if any(row.rollbacks or row.skipped_steps for row in rows):
@@ -109,6 +111,7 @@ def findings_of(
         *_hardware(configurations, axes),
         *_code(configurations),
         *_untold_tuning(configurations),
+        *_untuned(configurations),
         *_unconfirmed(configurations),
         *_seeds(configurations),
         *_finals(rows, metric),
@@ -192,6 +195,17 @@ def _untold_tuning(configurations: Sequence[Configuration]) -> Iterator[Finding]
     if labels:
         text = "How much these were tuned is not recorded, for they are no trials of a sweep; judge whether it was equal"
         yield Finding("flagged", "tuning_budget", {"not recorded": labels}, f"{text}: {names_text(labels)}.")
+
+
+def _untuned(configurations: Sequence[Configuration]) -> Iterator[Finding]:
+    values: dict[str, list[str]] = {}
+    for item in configurations:
+        for reason in sorted({row.untuned for row in item.rows if row.untuned}):
+            values.setdefault(reason, []).append(item.label)
+    if values:
+        told = {reason: tuple(labels) for reason, labels in values.items()}
+        text = "A model that loses here may win at a learning rate of its own, for the sweep compared"
+        yield Finding("flagged", "learning_rate", told, f"{text} {_listed(told)}.")
 
 
 def _unconfirmed(configurations: Sequence[Configuration]) -> Iterator[Finding]:

@@ -103,6 +103,14 @@ def test_another_commit_is_flagged_with_the_runs_that_have_it_and_refuses_nothin
     assert all("different versions of the code" in item.verdict for item in told)
 
 
+def test_a_sweep_that_tuned_no_learning_rate_is_flagged_in_its_verdicts() -> None:
+    comparison = made(lambda row: replace(row, untuned="at one fixed learning rate"))
+    assert finding(comparison, "learning_rate").values == {"at one fixed learning rate": ("CRATE-MAE 4x128", "CRATE-MAE 4x256")}
+    told = [item.verdict for item in comparison.differences if item.why_no_verdict is None]
+    assert told
+    assert all("learning rates not tuned alike" in verdict for verdict in told)
+
+
 def test_other_hardware_refuses_the_axis_of_time_alone() -> None:
     comparison = made(lambda row: replace(row, hardware="1 x Other"))
     assert finding(comparison, "hardware").severity == "refused"
