@@ -1,14 +1,17 @@
 """`crate-ray probe`: what it prints, and what it refuses in one line."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 from crate_ray.cli import output, probe_table
+from crate_ray.cli.main import app
 from crate_ray.cli.probe_table import correlate, print_reports
 
 
@@ -112,3 +115,11 @@ def test_correlations_are_within_a_family_from_five_runs_on(printed: Callable[..
     text = printed({"crate": crate[0]}, "validation", found)
     assert "crate, 6 runs: RankMe and linear probe, rank correlation +" in text
     assert json.dumps(found)
+
+
+def test_every_option_that_the_page_of_evaluation_gives_to_probe_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    command = typer.main.get_command(app).commands["probe"]  # type: ignore[attr-defined]
+    known = {name for parameter in command.params for name in parameter.opts}
+    given = {option for line in page.splitlines() if "crate-ray probe" in line for option in re.findall(r" (--[a-z-]+)", line)}
+    assert {"--protocol", "--step", "--data", "--fine-tune", "--workers"} <= given <= known

@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
-from crate_ray.cli.main import app
 from crate_ray.evaluation import protocols
 from crate_ray.evaluation.protocols import Protocol
 
@@ -22,10 +20,3 @@ def test_every_protocol_and_its_version_is_a_row_of_the_page(protocol: Protocol)
 
 def test_every_row_of_the_page_is_a_protocol() -> None:
     assert sorted(re.findall(r"^\| `([a-z-]+/\d+)` \|", PAGE, flags=re.M)) == sorted(p.stamp for p in ALL)
-
-
-def test_every_option_that_the_page_gives_to_probe_is_one() -> None:
-    command = typer.main.get_command(app).commands["probe"]  # type: ignore[attr-defined]
-    known = {name for parameter in command.params for name in parameter.opts}
-    given = {option for line in PAGE.splitlines() if "crate-ray probe" in line for option in re.findall(r" (--[a-z-]+)", line)}
-    assert {"--protocol", "--step", "--data", "--fine-tune", "--workers"} <= given <= known
