@@ -6,10 +6,7 @@ takes. The trade-off: a person cannot read the tag, but every number in it is a 
 return a comparison of a thousand runs is one search, without a request for each run.
 """
 
-import base64
-import json
 import logging
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -18,6 +15,7 @@ from crate_ray.runs import RunFolder
 from crate_ray.runs.rows import RunRow, Split, read_run_row
 from crate_ray.tracking.client import one_line
 from crate_ray.tracking.limits import MAX_TAG
+from crate_ray.tracking.packing import pack, unpack
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 ROW_TAG = "crate_ray.row"
 SPLITS: tuple[Split, ...] = ("test", "validation")
-_PREFIX = "deflate;"
 
 
 def row_tag(folder: RunFolder) -> str | None:
@@ -77,8 +74,7 @@ def pack_rows(rows: Mapping[Split, RunRow]) -> str:
         ConfigError: The text is longer than a tag may be.
     """
     body = {split: row.as_dict() for split, row in rows.items()}
-    text = json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False)
-    packed = _PREFIX + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    packed = pack(body)
     if len(packed) > MAX_TAG:
         name = next(iter(rows.values())).name
         raise ConfigError(f"the row of run {name} is {len(packed):,} characters, and a tag of MLflow takes {MAX_TAG:,}")
@@ -92,7 +88,6 @@ def unpack_row(text: str, split: Split) -> RunRow:
         ValueError: The text is not what `pack_rows` gives.
     """
     try:
-        body = json.loads(zlib.decompress(base64.b64decode(text.removeprefix(_PREFIX), validate=True)))
-        return RunRow.of(body[split])
-    except (ValueError, LookupError, TypeError, zlib.error) as error:
+        return RunRow.of(unpack(text)[split])
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"its tag {ROW_TAG} cannot be read ({type(error).__name__})") from None

@@ -6,15 +6,14 @@ are no public interface of MLflow, so they are written for tested versions only,
 another one there is one warning, links open the bare experiment, and everything else works.
 """
 
-import base64
 import json
 import logging
 import time
 import urllib.request
-import zlib
 from typing import TYPE_CHECKING, Any
 
 from crate_ray.tracking.client import absolute_uri, one_line, public_uri
+from crate_ray.tracking.packing import pack, unpack
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -234,8 +233,7 @@ def white_box_state() -> State:
 
 def _envelope(name: str, state: State) -> str:
     now_ms = int(time.time() * 1000)
-    packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode())).decode()
-    text = json.dumps({"name": name, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"})
+    text = json.dumps({"name": name, "createdAt": now_ms, "updatedAt": now_ms, "state": pack(state)})
     assert len(text) <= _MAX_TAG_CHARS
     return text
 
@@ -245,9 +243,8 @@ def _state_of(tag: str | None) -> State | None:
     if tag is None:
         return None
     try:
-        packed = json.loads(tag)["state"].removeprefix("deflate;")
-        state: State = json.loads(zlib.decompress(base64.b64decode(packed)))
-    except (ValueError, KeyError, AttributeError, zlib.error) as error:
+        state: State = unpack(json.loads(tag)["state"])
+    except (ValueError, KeyError, AttributeError) as error:
         logger.debug("a saved view cannot be read and is written anew: %s", one_line(error))
         return None
     return state
