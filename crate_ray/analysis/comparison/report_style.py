@@ -48,7 +48,8 @@ figure svg.narrow { display: none; max-width: 26rem; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: 0.9rem; max-width: 46rem; margin-top: 0.4rem; }
 .scroll { overflow-x: auto; margin: 1.2rem 0; border: 1px solid var(--grid); border-radius: 6px; }
 .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-table { overflow-wrap: break-word; border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem; line-height: 1.4; }
+table { overflow-wrap: break-word; border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.86rem;
+  line-height: 1.4; }
 caption { caption-side: top; text-align: left; padding: 0.6rem 0.7rem; color: var(--muted); }
 th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--grid); }
 td { max-width: 24rem; min-width: 3.5rem; }
