@@ -1,12 +1,14 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
-from crate_ray.runs import read_status
+from crate_ray.runs import RunFolder, Status, read_status, write_status
 from crate_ray.tracking.server import free_port
 
 
@@ -31,6 +33,34 @@ def test_sync_sends_runs_once_and_reap_closes_dead_ones(invoke, make_run, tmp_pa
 
     runs = MlflowClient(store).search_runs([MlflowClient(store).get_experiment_by_name("crate-mae/default").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED", "RUNNING"]
+
+
+def test_reap_closes_runs_whose_folders_are_gone(invoke, make_run, tmp_path):
+    store, root = f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}", tmp_path / "out"
+    make_run("lost", "RUNNING", beat_s_ago=30)
+    assert invoke("tracking", "sync", root, "--uri", store).code == 0
+    shutil.rmtree(root / "lost")
+    reap = ("tracking", "reap", tmp_path / "elsewhere", "--uri", store)
+    assert "nothing to close" in invoke(*reap).out
+    (row,) = json.loads(invoke(*reap, "--silent-for", "20", "--json").out)
+    assert (row["experiment"], row["error"]) == ("crate-mae/default", None)
+    assert "nothing to close" in invoke(*reap, "--silent-for", "20").out
+    result = invoke(*reap, "--experiment", "nowhere")
+    assert (result.code, "'nowhere' is not in the store" in result.err) == (2, True)
+
+
+def test_reap_closes_a_sweep_whose_trials_have_ended(invoke, make_run, tmp_path):
+    store, root = f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}", tmp_path / "out"
+    trial, sweep = make_run("one"), RunFolder(str(root / "study"))
+    (root / "study" / "trials").mkdir(parents=True)
+    (root / "study" / "sweep.yaml").write_text("name: study")
+    sweep.write_json("run_meta.json", {**trial.read_json("run_meta.json"), "run_uid": "parent", "kind": "sweep"})
+    (root / "one").rename(root / "study" / "trials" / "one")
+    long_ago = time.time() - 600
+    write_status(sweep, Status("RUNNING", 1, long_ago, long_ago))
+    rows = json.loads(invoke("tracking", "reap", root, "--uri", store, "--json").out)
+    assert {row["name"] for row in rows} == {"study", "one"}
+    assert read_status(sweep).state == "FAILED"
 
 
 def test_sync_says_when_the_server_does_not_answer(invoke, make_run, tmp_path):

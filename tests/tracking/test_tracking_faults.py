@@ -1,5 +1,6 @@
 """A whole run beside an MLflow server in trouble: training does not notice, and nothing is lost."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,26 @@ def test_a_server_in_trouble_for_a_whole_run_loses_nothing(
     assert result.error is None
     held = history(proxy.url, folder)
     assert {key: held[key] for key in written} == pytest.approx(written, nan_ok=True)
+
+
+def test_a_server_that_makes_a_run_too_late_is_asked_again_and_one_run_stays(proxy: FaultServer, make_run: Any) -> None:
+    folder = make_run()
+    lease = Lease.take(folder)
+    proxy.fail("late", number=5000, times=1, path="/runs/create", methods="POST")
+    client = open_client(proxy.url, timeout_s=60)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    uid = (folder.read_json("run_meta.json") or {})["run_uid"]
+
+    def runs() -> list[Any]:
+        return list(client.search_runs([experiment.experiment_id], filter_string=f"tags.`crate_ray.run_uid` = '{uid}'"))
+
+    with Mirror(proxy.url, EXPERIMENT, timeout_s=2) as mirror:
+        mirror.follow(folder)
+        deadline = time.monotonic() + 60
+        while len(runs()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        lease.end("FINISHED")
+        assert mirror.close(timeout_s=30).error is None
+    assert [run.info.status for run in runs()] == ["FINISHED"]
