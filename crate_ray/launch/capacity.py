@@ -4,6 +4,7 @@ In: resources of nodes and of node groups. Out: how many workers fit, now or at 
 over a cluster say little: eight nodes of two CPUs have no room for one worker of four.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ class Capacity:
 
     def described(self, need: Mapping[str, float]) -> str:
         """The live nodes and the groups, as far as a worker of this need is concerned."""
-        there = ", ".join(amounts_in_words({key: node.get(key, 0.0) for key in need}) for node in self.nodes) or "none"
+        kinds = Counter(amounts_in_words({key: node.get(key, 0.0) for key in need}) for node in self.nodes)
+        there = ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()) or "none"
         if not self.groups:
             return f"the cluster's nodes have {there}"
         return f"the cluster's nodes have {there}, its autoscaler may add {self._growth(need)}"

@@ -146,6 +146,8 @@ def resolve_scale(scale: ScaleConfig) -> ScaleConfig:
     have = capacity(scale)
     least = scale.min_workers
     gpus = have.total_at_most("GPU")
+    if scale.use_gpu == "auto" and have.is_open and gpus < least:
+        log.warning("no GPUs are there yet, so the workers take CPUs; set scale.use_gpu=true to wait for nodes that have some")
     scale = scale.model_copy(update={"use_gpu": gpus >= least if scale.use_gpu == "auto" else scale.use_gpu})
     need = worker_need(scale)
     _set_start_timeout(scale, have)

@@ -59,6 +59,11 @@ def test_the_memory_of_nodes_to_come_counts_and_is_unknown_where_nobody_says_it(
     assert worker_bytes(TrialResources(cpus=2), Capacity((head,), is_open=True)) is None
 
 
+def test_nodes_of_one_kind_are_said_once() -> None:
+    have = Capacity(({"CPU": 16.0},) * 64 + ({"GPU": 1.0},))
+    assert have.described({"CPU": 1.0}) == "the cluster's nodes have 64 x 16 CPU, 0 CPU"
+
+
 def test_a_trial_that_never_fits_is_refused_with_the_numbers() -> None:
     have = Capacity(({"CPU": 2.0, "GPU": 0.0},))
     with pytest.raises(ConfigError, match=r"3 x 1 CPU and never fits: the cluster's nodes have 2 CPU, room for 2 such workers"):
