@@ -106,6 +106,7 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Everything that configurations do not share or lack, and which of all rows ended without a number; refusals first."""
     found = [
+        *_unequal_judges(rows, metric),
         *_unequal_parts(configurations, metric),
         *_unequal("refused", "tuning_trials", configurations, lambda item: _budget(item.tuning_trials), _TUNING),
         *_hardware(configurations, axes),
@@ -124,6 +125,19 @@ def findings_of(
 
 
 _TUNING = "The tuning budgets differ: the side with more trials had more chances to be lucky, so no verdict is given across it."
+
+
+def _unequal_judges(rows: Sequence[RunRow], metric: str) -> Iterator[Finding]:
+    """Of all runs: those that were judged otherwise than most are in no configuration."""
+    judged = [row for row in rows if row.is_complete and row.stage != "screen" and metric in row.values]
+    for place, key, words in ((0, "judged_split", "splits"), (1, "protocol", "protocols")):
+        values: dict[str, list[str]] = {}
+        for row in judged:
+            values.setdefault(row.judge_of(metric)[place] or _NOTHING, []).append(row.name)
+        if len(values) > 1:
+            told = {value: tuple(sorted(names)) for value, names in sorted(values.items())}
+            text = f"Judged on different {words}; only runs that were judged as most were are compared"
+            yield Finding("refused", key, told, f"{text}. {_listed(told)}.")
 
 
 def _unequal_parts(configurations: Sequence[Configuration], metric: str) -> Iterator[Finding]:

@@ -103,6 +103,21 @@ def test_another_commit_is_flagged_with_the_runs_that_have_it_and_refuses_nothin
     assert all("different versions of the code" in item.verdict for item in told)
 
 
+def test_runs_judged_on_another_split_or_by_another_protocol_are_refused_by_that_key() -> None:
+    def otherwise(row: RunRow) -> RunRow:
+        changes: dict[int, dict[str, Any]] = {1001: {"judged_split": "validation"}, 1002: {"probe_protocol": 2}}
+        return replace(row, **changes.get(row.seed, {}))
+
+    comparison = made(otherwise)
+    split, protocol = finding(comparison, "judged_split"), finding(comparison, "protocol")
+    assert (split.severity, protocol.severity) == ("refused", "refused")
+    assert {value: len(names) for value, names in split.values.items()} == {"test": 18, "validation": 2}
+    assert {value: len(names) for value, names in protocol.values.items()} == {"house/1": 18, "house/2": 2}
+    assert {comparison.excluded[name] for name in split.values["validation"]} == {
+        "judged on validation, and the comparison is on test"
+    }
+
+
 def test_a_sweep_that_tuned_no_learning_rate_is_flagged_in_its_verdicts() -> None:
     comparison = made(lambda row: replace(row, untuned="at one fixed learning rate"))
     assert finding(comparison, "learning_rate").values == {"at one fixed learning rate": ("CRATE-MAE 4x128", "CRATE-MAE 4x256")}
