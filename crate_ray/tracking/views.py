@@ -37,6 +37,11 @@ _VERSION_TIMEOUT_S = 3.0
 # The filter grammar has neither OR nor IN for tags; `tr%` is train and trial, and no control, sweep, probe or compare.
 _RUNS_OF_MODELS = "tags.kind LIKE 'tr%'"
 _PROBE, _ENCODER, _TOTAL, _GFLOPS = "final/probe_top1", "final/encoder_params_m", "final/params_m", "final/gflops"
+_MAX_LAYERS = 32
+_OTHER_METRICS = (
+    *("train", "eval", "final", "perf", "memory", "data", "checkpoint", "trials", "emergence", "layers", "system", "norms"),
+    *("whitebox/latent", "norms/embedding", "norms/rest", *(f"norms/decoder{number:02d}" for number in range(1, 13))),
+)
 _bare_stores: set[str] = set()  # whose pages know no views, as far as is known; each is warned of once
 
 State = dict[str, Any]
@@ -135,12 +140,14 @@ def efficiency_state() -> State:
     efficiency, space, values, progress = "efficiency", "space", "values", "progress"
     return {
         **_page(order_by=_PROBE, columns=columns),
-        "compareRunSections": [
-            _section(efficiency, "Parameter efficiency"),
-            _section(space, "Design space", columns=1),
-            _section(values, "Values and differences"),
-            _section(progress, "Validation"),
-        ],
+        "compareRunSections": _with_folded_rest(
+            [
+                _section(efficiency, "Parameter efficiency"),
+                _section(space, "Design space", columns=1),
+                _section(values, "Values and differences"),
+                _section(progress, "Validation"),
+            ]
+        ),
         "compareRunCharts": [
             _scatter("scatter-encoder", efficiency, _ENCODER, _PROBE),
             _scatter("scatter-gflops", efficiency, _GFLOPS, _PROBE),
@@ -168,7 +175,9 @@ def configurations_state() -> State:
     means, progress = "means", "progress"
     return {
         **_page(order_by=_PROBE, columns=columns, average_over="configuration"),
-        "compareRunSections": [_section(means, "Means over seeds"), _section(progress, "Mean and range over training")],
+        "compareRunSections": _with_folded_rest(
+            [_section(means, "Means over seeds"), _section(progress, "Mean and range over training")]
+        ),
         "compareRunCharts": [
             _scatter("scatter-encoder", means, _ENCODER, _PROBE),
             _scatter("scatter-gflops", means, _GFLOPS, _PROBE),
@@ -187,18 +196,20 @@ def curves_state() -> State:
     training, evaluation, speed = "training", "evaluation", "speed"
     return {
         **_page(order_by="train/loss", ascending=True, columns=columns),
-        "compareRunSections": [_section(training, "Training"), _section(evaluation, "Validation"), _section(speed, "Speed")],
+        "compareRunSections": _with_folded_rest(
+            [_section(training, "Training"), _section(evaluation, "Validation"), _section(speed, "Speed, schedule and faults")]
+        ),
         "compareRunCharts": [
             _line("line-loss", training, "train/loss"),
             _line("line-grad", training, "train/grad_norm", scale="log"),
-            _line("line-lr", training, "train/lr"),
-            _line("line-skipped", training, "train/skipped_steps"),
             _line("line-eval", evaluation, "eval/loss"),
             _line("line-knn", evaluation, "eval/knn_top1"),
             _line("line-speed", speed, "perf/images_per_s"),
             _line("line-mfu", speed, "perf/mfu"),
             _line("line-wait", speed, "perf/data_wait_fraction"),
             _line("line-memory", speed, "memory/peak_gib"),
+            _line("line-lr", speed, "train/lr"),
+            _line("line-skipped", speed, "train/skipped_steps"),
         ],
     }
 
@@ -217,11 +228,13 @@ def white_box_state() -> State:
     )
     return {
         **_page(order_by=_PROBE, columns=columns),
-        "compareRunSections": [
-            _section(layers, "By layer (step = layer), trained"),
-            _section(initial, "By layer (step = layer), before training"),
-            _section(latent, "Encoder's output over training"),
-        ],
+        "compareRunSections": _with_folded_rest(
+            [
+                _section(layers, "By layer (step = layer), trained"),
+                _section(initial, "By layer (step = layer), before training"),
+                _section(latent, "Encoder's output over training"),
+            ]
+        ),
         "compareRunCharts": [
             *(_line(f"trained-{name}", layers, f"layers/{name}") for name in measures),
             *(_line(f"initial-{name}", initial, f"layers/initial_{name}") for name in (measures[0], measures[2])),
@@ -283,6 +296,13 @@ def _page(*, order_by: str, columns: list[str], ascending: bool = False, average
 
 def _metric_column(key: str) -> str:
     return f"metrics.`{key}`"
+
+
+def _with_folded_rest(sections: list[State]) -> list[State]:
+    """The sections, and folded ones to which MLflow adds a chart of every other metric: else it draws hundreds, unasked."""
+    layers = [f"layer{number:02d}" for number in range(1, _MAX_LAYERS + 1)]
+    names = [*_OTHER_METRICS, *(f"{group}/{layer}" for group in ("whitebox", "norms") for layer in layers)]
+    return [*sections, *({**_section(f"rest-{name}", name), "display": False} for name in names)]
 
 
 def _section(uuid: str, name: str, *, columns: int = 2) -> State:

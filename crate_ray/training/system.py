@@ -2,8 +2,8 @@
 
 In: the counters of the system, every `tracking.system_every_s` seconds, by a thread of one worker a node. Out: records of a
 stream of their own, system/rank<N>.jsonl, under the names that MLflow's page of system metrics draws; those of other nodes
-than rank 0's hold the lowest rank there. Their step is the age of the run in seconds: it never falls, through restarts too.
-Measured where the work is, so a driver on another machine sees it. The trade-off: counters are the whole node's, of which
+than rank 0's are called by the lowest rank there, `system/node_4/...`. Their step is the age of the run in seconds: it never
+falls, through restarts too. Measured where the work is, so a driver on another machine sees it. The trade-off: counters are the whole node's, of which
 other programs may use a part; GPUs are only those that the worker may use.
 """
 
@@ -53,7 +53,7 @@ class _SystemWatch:
 
     def __init__(self, folder: RunFolder, context: WorkerContext, probes: list[Callable[[], Sample]], every_s: float) -> None:
         self._probes, self._every_s = probes, every_s
-        self._prefix = "system/" if context.rank == 0 else f"system/rank{context.rank}/"
+        self._prefix = "system/" if context.rank == 0 else f"system/node_{context.rank}/"
         self._began = float((folder.read_json("run_meta.json") or {}).get("created", time.time()))
         self._writer = RecordWriter(
             folder, context.attempt, stream=system_stream(context.rank), segment_s=max(_SEGMENT_SECONDS, every_s)

@@ -71,7 +71,7 @@ def test_what_the_nodes_do_arrives_under_mlflows_own_names_once(
 ) -> None:
     folder = make_run()
     Lease.take(folder)
-    keys = {0: "system/cpu_utilization_percentage", 4: "system/rank4/cpu_utilization_percentage"}
+    keys = {0: "system/cpu_utilization_percentage", 4: "system/node_4/cpu_utilization_percentage"}
     for start in (0, 500):
         for rank, key in keys.items():
             writer = RecordWriter(folder, 1, stream=system_stream(rank))

@@ -82,7 +82,7 @@ def test_one_worker_a_node_samples_and_names_the_others_nodes_by_their_lowest_ra
         with system.watch_system(folder, Worker(rank, local_rank), every_s=0.01):
             pass
     assert system_streams(folder) == ["system/rank0", "system/rank4"]
-    assert all(key.startswith("system/rank4/") for key in samples(folder, "system/rank4")[0].values)
+    assert all(key.startswith("system/node_4/") for key in samples(folder, "system/rank4")[0].values)
 
 
 def test_a_run_that_asks_for_none_has_no_thread_and_no_file(tmp_path: Path) -> None:
