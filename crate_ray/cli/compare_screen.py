@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from crate_ray.cli.output import console, print_table, print_text
+from crate_ray.cli.output import console, link_lines, link_rows, print_table, print_text
 from crate_ray.runs import encode_number
 
 if TYPE_CHECKING:
@@ -122,13 +122,15 @@ def _excluded(excluded: Mapping[str, str]) -> Iterator[str]:
 
 
 def _print_places(report: Path, logged: "LoggedComparison | None", store: "Store | None") -> None:
-    lines = {"report": str(report), "page": str(report.with_suffix(".html"))}
-    if logged is not None and store is not None:
+    lines = [("report", str(report)), ("page", str(report.with_suffix(".html")))]
+    if store is None:
+        lines.append(("MLflow", "not there: the runs are in no tracking store; `crate-ray tracking sync ROOT` makes one"))
+    elif logged is not None:
+        pages = {"This comparison": logged.url, **logged.views}
         command = store.how_to_open()
-        lines |= {"MLflow": logged.url} if command is None else {"MLflow": command, "": f"then {logged.url}"}
-    elif store is None:
-        lines["MLflow"] = "not there: the runs are in no tracking store; `crate-ray tracking sync ROOT` makes one"
-    for label, text in lines.items():
+        texts = link_rows(pages) if command is None else link_lines(command, pages)
+        lines += [("MLflow" if number == 0 else "", text) for number, text in enumerate(texts)]
+    for label, text in lines:
         console.print(f"{label:<{_LABEL}}{escape(text)}", soft_wrap=True)
 
 

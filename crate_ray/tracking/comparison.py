@@ -16,7 +16,7 @@ from crate_ray.tracking.describe import MAX_NAME, PARENT_TAG, RUN_UID_TAG
 from crate_ray.tracking.experiment import connect
 from crate_ray.tracking.limits import MAX_TAG, log_tags, valid_text
 from crate_ray.tracking.replay import Session, find_run
-from crate_ray.tracking.views import EFFICIENCY, run_url, view_url
+from crate_ray.tracking.views import run_url, view_links
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,11 +31,11 @@ FOLDER = "comparison"  # among the artifacts of the run above
 
 @dataclass(frozen=True)
 class LoggedComparison:
-    """Where a comparison is in MLflow: its run, the page of that run, and the experiment's view."""
+    """Where a comparison is in MLflow: its run, the page of that run, and the experiment's saved views by their titles."""
 
     run_id: str
     url: str
-    view_url: str
+    views: Mapping[str, str]
 
 
 def log_comparison(
@@ -90,7 +90,7 @@ def log_comparison(
         logger.warning(text, public_uri(uri), explain(error), folder)
         return None
     base = web_url(uri)
-    return LoggedComparison(run_id, run_url(base, experiment_id, run_id), view_url(base, experiment_id, EFFICIENCY))
+    return LoggedComparison(run_id, run_url(base, experiment_id, run_id), view_links(uri, base, experiment_id))
 
 
 def with_headline(note: str, headline: str, earlier: str | None) -> str:

@@ -52,7 +52,7 @@ def test_a_comparison_of_a_sweep_hangs_below_it_and_both_open_on_the_verdict(
     assert found.tags["mlflow.note.content"] == "CRATE-MAE wins."
     assert len(client.search_runs([found.experiment_id], filter_string="tags.kind = 'compare'")) == 1
     assert logged.url.endswith(f"/runs/{logged.run_id}?workflowType=machine_learning")
-    assert "viewStateShareKey=parameter-efficiency" in logged.view_url
+    assert "viewStateShareKey=parameter-efficiency" in logged.views["Parameter efficiency"]
 
 
 def test_what_a_person_wrote_into_the_note_stays_below_the_verdict(
