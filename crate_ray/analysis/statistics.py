@@ -36,6 +36,13 @@ class PairedTest(PairedInterval):
     p_value: float
 
 
+def t_quantile(dof: float, confidence: float = 0.95) -> float:
+    """Half the width of a two-sided t interval in standard errors."""
+    from scipy import special
+
+    return float(special.stdtrit(dof, (1 + confidence) / 2))
+
+
 def paired_t_interval(differences: Sequence[float], *, confidence: float = 0.95) -> PairedInterval:
     """Mean +- t(n - 1) s / sqrt(n), with s the standard deviation over n - 1.
 
@@ -46,13 +53,11 @@ def paired_t_interval(differences: Sequence[float], *, confidence: float = 0.95)
     Raises:
         ValueError: Fewer than two differences: their spread is unknown.
     """
-    from scipy import stats
-
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} difference(s): an interval over seeds needs at least 2; train more seeds")
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = t_quantile(n - 1, confidence) * float(values.std(ddof=1)) / math.sqrt(n)
     mean = float(values.mean())
     return PairedInterval(mean, mean - half, mean + half, n)
 
@@ -69,11 +74,11 @@ def paired_t_test(differences: Sequence[float], *, confidence: float = 0.95) -> 
     Raises:
         ValueError: Fewer than two differences: their spread is unknown.
     """
-    from scipy import stats
+    from scipy import special
 
     interval = paired_t_interval(differences, confidence=confidence)
     error = float(np.std(differences, ddof=1)) / math.sqrt(interval.n)
-    p_value = float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1)) if error > 0 else float(interval.mean == 0)
+    p_value = float(2 * special.stdtr(interval.n - 1, -abs(interval.mean) / error)) if error > 0 else float(interval.mean == 0)
     return PairedTest(interval.mean, interval.low, interval.high, interval.n, p_value)
 
 
@@ -134,8 +139,6 @@ def source_interval(difference_by_source: Sequence[tuple[float, int]]) -> Estima
     Raises:
         ValueError: Fewer than two sources, or one without rows.
     """
-    from scipy import stats
-
     num_sources = len(difference_by_source)
     if num_sources < 2:
         raise ValueError(f"{num_sources} source image(s): an interval over them needs at least 2")
@@ -144,7 +147,7 @@ def source_interval(difference_by_source: Sequence[tuple[float, int]]) -> Estima
         raise ValueError("a source image without rows; leave it out")
     mean = float(total_S.sum() / rows_S.sum())
     spread = math.sqrt(num_sources / (num_sources - 1) * float(np.square(total_S - mean * rows_S).sum()))
-    half = float(stats.t.ppf(0.975, num_sources - 1)) * spread / float(rows_S.sum())
+    half = t_quantile(num_sources - 1) * spread / float(rows_S.sum())
     return Estimate(mean, mean - half, mean + half)
 
 

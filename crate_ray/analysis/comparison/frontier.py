@@ -6,7 +6,6 @@ seeds. The ratio asks less than the curves: lines between neighbours instead of 
 variance for all sizes. That costs some width, and its interval holds where the law would not.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from crate_ray.analysis.comparison.power_law import fit_power_law
 from crate_ray.analysis.comparison.result import Axis, Curve, Ratio
 from crate_ray.analysis.pareto import front_of_two
+from crate_ray.analysis.statistics import t_quantile
 from crate_ray.runs.rows import Estimate
 
 LEAST_SIZES = 5
@@ -239,7 +239,7 @@ def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> li
     lower, upper, own = (np.array([point.by_seed[seed] for seed in seeds]) for point in (below, above, anchor))
     gap, rise = lower - own, upper - lower
     spread = np.cov(gap, rise)
-    square = _t_quantile(n - 1) ** 2 / n
+    square = t_quantile(n - 1) ** 2 / n
     constant, linear, quadratic = (
         float(gap.mean() ** 2 - square * spread[0, 0]),
         float(2 * (gap.mean() * rise.mean() - square * spread[0, 1])),
@@ -249,13 +249,6 @@ def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> li
     return [share for share in (0.0, 1.0) if constant + linear * share + quadratic * share**2 <= 0] + [
         root for root in roots if 0 <= root <= 1
     ]
-
-
-@functools.cache
-def _t_quantile(dof: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, dof))
 
 
 def _times(ratio: Estimate) -> str:

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 _BENDS = (0.05, 20.0)
 """c times the log of the range of x: from a straight line to a law that is flat after a twentieth of the range."""
-_COARSE, _ZOOM, _ZOOMS = 161, 21, 4
+_COARSE, _ZOOM, _ZOOMS, _FINE = 121, 21, 4, 121
 _BORROWED_DOF = 2
 """Each size has a variance of its own, to which that around the law adds as so many values. Without it three seeds say too
 little of their spread, and with one variance for all the interval at the noisier end of the sizes is too narrow."""
@@ -138,9 +138,13 @@ def fit_power_law(x: Sequence[float], values: Sequence[Sequence[float]]) -> Powe
         near = exponent_C[[max(best - 1, 0), min(best + 1, len(exponent_C) - 1)]]
         exponent_C = np.union1d(exponent_C, np.geomspace(near[0], near[1], _ZOOM))
     misfit_C = misfits(exponent_C)
-    level_CK, slope_CK = _line_weights(exponent_C, log_x_K - center, count_K)
     dof = int(count_K.sum()) - 3
     variance = max((float(misfit_C.min()) + squares_K.sum()) / dof, np.finfo(np.float64).tiny)
+    inside = np.flatnonzero(misfit_C - misfit_C.min() <= _t_square(np.array([dof])) * variance)
+    ends = exponent_C[[max(inside[0] - 1, 0), min(inside[-1] + 1, len(exponent_C) - 1)]]
+    exponent_C = np.union1d(exponent_C, np.geomspace(ends[0], ends[1], _FINE))  # the scale of x changes fast with c
+    misfit_C = misfits(exponent_C)
+    level_CK, slope_CK = _line_weights(exponent_C, log_x_K - center, count_K)
     error_dof_K = count_K - 1 + _BORROWED_DOF
     return PowerLaw(
         exponent_C=exponent_C,
@@ -174,19 +178,19 @@ def _bend(exponent: Array, offset: Array) -> Array:
 
 def _t_square(dof_X: Array) -> Array:
     """Square of the 97.5% quantile."""
-    from scipy import stats
+    from scipy import special
 
-    return np.asarray(np.square(stats.t.ppf(0.975, dof_X)))
+    return np.asarray(np.square(special.stdtrit(dof_X, 0.975)))
 
 
 def _misfit_p(misfit: float, mean_K: Array, count_K: Array, within: float) -> float:
     """F test of the means against the law, by the spread inside the sizes."""
-    from scipy import stats
+    from scipy import special
 
     if misfit <= _EXACT * float(count_K @ np.square(mean_K - np.average(mean_K, weights=count_K))):
         return 1.0
     dof, within_dof = len(mean_K) - 3, float(count_K.sum()) - len(mean_K)
-    return float(stats.f.sf((misfit / dof) / (within / within_dof), dof, within_dof)) if within > 0 else 0.0
+    return float(special.fdtrc(dof, within_dof, (misfit / dof) / (within / within_dof))) if within > 0 else 0.0
 
 
 def _spread_p(values: Sequence[Sequence[float]]) -> float:
