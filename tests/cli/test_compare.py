@@ -187,10 +187,14 @@ def test_a_thousand_runs_of_an_experiment_are_compared_in_20_seconds(invoke, uri
     grid = [{"mask_ratio": mask, "lr": lr} for mask in (0.5, 0.6, 0.75, 0.8, 0.9) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
     for model in ("crate_mae", "mae", "mae_all_tokens"):
         rows += synthetic_screening(model, law, settings=grid)
-    rows += synthetic_screening("crate_mae", law, settings=[{"ista_step_size": step} for step in (0.01, 0.02, 0.05, 0.2)])
-    put(uri, "crate-mae/thousand", [*rows, *(synthetic_row(seed=seed) for seed in range(1000 - len(rows)))])
+    rows += synthetic_screening("crate_mae", law, settings=[{"ista_step_size": step / 100} for step in range(1, 21)])
+    put(uri, "crate-mae/thousand", rows)
     started = time.process_time()  # wall time is that of the neighbours as well
     result = invoke("compare", "crate-mae/thousand", "--uri", uri, "--out", tmp_path / "report", "--json")
     seconds = time.process_time() - started
-    assert json.loads(result.out)["runs"] == 1000
+    document = json.loads(result.out)
+    assert document["runs"] == 1000
+    assert document["headline"].startswith("CRATE-MAE needs 0.")
+    for ratio in (item for item in document["ratios"] if item["axis"] == "params"):
+        assert ratio["ratio"][1] < 0.42 < ratio["ratio"][2]
     assert seconds < 20
