@@ -6,8 +6,9 @@ runs count; one that confirmed nothing gives its best trial of each size, which 
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from crate_ray.analysis.comparison.gates import compare_digest, hardware_of, is_loss
@@ -75,26 +76,25 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     """
     unique = list({row.run_uid: row for row in sorted(rows, key=_order)}.values())
     names = _unique_names(unique)
-    reasons = {row.run_uid: reason for row in unique if (reason := _why_not(row, metric)) is not None}
-    usable = [row for row in unique if row.run_uid not in reasons]
     confirmed_sweeps = {row.sweep for row in unique if row.stage == "confirm"}
-    screening = [row for row in unique if row.stage == "screen" and row.is_complete]
-    trained = {row.family for row in usable if row.stage != "screen"}
-    for row in usable:
-        if row.stage == "screen" and row.sweep in confirmed_sweeps:
-            reasons[row.run_uid] = "a screening trial: it chose what was confirmed, and tells of sensitivities alone"
-        elif row.stage == "screen" and row.family in trained:
-            reasons[row.run_uid] = "a screening trial, of a sweep that confirmed nothing: it tells of sensitivities alone"
-    candidates = [row for row in usable if row.run_uid not in reasons]
-    reasons |= _unlucky(candidates, metric)
-    candidates = [row for row in candidates if row.run_uid not in reasons]
-    judge = _judge_of(candidates, metric)
-    reasons |= _judged_otherwise(candidates, metric, judge)
-    reasons |= _twice([row for row in candidates if row.run_uid not in reasons], names)
-    kept = [row for row in candidates if row.run_uid not in reasons]
-    configurations = _configurations(kept, unique, reasons, metric)
+    reasons: dict[str, str] = {}
+    kept = unique
+    for sieve in (
+        partial(_unusable, metric=metric),
+        partial(_screened, confirmed_sweeps=confirmed_sweeps),
+        partial(_unlucky, metric=metric),
+        partial(_judged_otherwise, metric=metric),
+        partial(_twice, names=names),
+    ):
+        found = sieve(kept)
+        reasons |= found
+        kept = [row for row in kept if row.run_uid not in found]
     return Sorted(
-        tuple(unique), configurations, tuple(screening), {names[uid]: reason for uid, reason in reasons.items()}, judge[0]
+        rows=tuple(unique),
+        configurations=_configurations(kept, unique, reasons, metric),
+        screening=tuple(row for row in unique if row.stage == "screen" and row.is_complete),
+        excluded={names[uid]: reason for uid, reason in reasons.items()},
+        judged_split=kept[0].judge_of(metric)[0] if kept else None,
     )
 
 
@@ -108,6 +108,11 @@ def _unique_names(rows: Sequence[RunRow]) -> dict[str, str]:
     return {row.run_uid: row.name if counts[row.name] == 1 else f"{row.uri} ({row.run_uid[:8]})" for row in rows}
 
 
+def _unusable(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
+    """Runs without an end, or without the number that is compared."""
+    return {row.run_uid: reason for row in rows if (reason := _why_not(row, metric)) is not None}
+
+
 def _why_not(row: RunRow, metric: str) -> str | None:
     if row.kind == "control":
         return "a control, not a trained model"
@@ -119,6 +124,16 @@ def _why_not(row: RunRow, metric: str) -> str | None:
     if not math.isfinite(row.values[metric]):
         return f"{metric} is {'NaN' if math.isnan(row.values[metric]) else 'infinite'}"
     return None
+
+
+def _screened(rows: Sequence[RunRow], confirmed_sweeps: Set[str | None]) -> dict[str, str]:
+    """Screening trials of a sweep that confirmed, or of a family that has trained runs anyway."""
+    trained = {row.family for row in rows if row.stage != "screen"}
+    chose = "a screening trial: it chose what was confirmed, and tells of sensitivities alone"
+    alone = "a screening trial, of a sweep that confirmed nothing: it tells of sensitivities alone"
+    screened = [row for row in rows if row.stage == "screen"]
+    left_out = [row for row in screened if row.sweep in confirmed_sweeps or row.family in trained]
+    return {row.run_uid: chose if row.sweep in confirmed_sweeps else alone for row in left_out}
 
 
 def _unlucky(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
@@ -142,7 +157,8 @@ def _judge_of(rows: Sequence[RunRow], metric: str) -> Judge:
     return max(counts, key=lambda judge: (counts[judge], judge[0] == "test", judge[1] or ""), default=(None, None))
 
 
-def _judged_otherwise(rows: Sequence[RunRow], metric: str, judge: Judge) -> dict[str, str]:
+def _judged_otherwise(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
+    judge = _judge_of(rows, metric)
     found = {}
     for row in rows:
         split, protocol = row.judge_of(metric)

@@ -12,7 +12,7 @@ from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, is_loss, names_text, without_gain
 from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, capital, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
-from crate_ray.analysis.comparison.wording import parameters_text, with_interval
+from crate_ray.analysis.comparison.wording import has_interval, parameters_text
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 
 _NAMED = 6
@@ -107,8 +107,8 @@ def headline(
 def _ratio_sentence(item: Ratio) -> str:
     """A ratio in words; an interval that holds 1 is no difference."""
     assert item.ratio is not None
-    is_open = item.ratio.low <= 1 <= item.ratio.high
-    return item.sentence + (" The interval holds 1, so the two are not distinguishable there." if is_open else "")
+    holds_one = item.ratio.low <= 1 <= item.ratio.high
+    return item.sentence + (" The interval holds 1, so the two are not distinguishable there." if holds_one else "")
 
 
 def _measured(configurations: Sequence[Configuration], differences: Sequence[Difference], measure: Measure) -> str:
@@ -132,10 +132,6 @@ def _line(item: Configuration, measure: Measure) -> str:
     """'CRATE-MAE 4x128 93.1% [91.9, 94.3], 0.40M encoder parameters, 12 PFLOPs'; one seed has its interval over images."""
     estimate = item.metric if len(item.rows) > 1 else item.rows[0].intervals.get(measure.name, item.metric)
     unit = "%" if measure.unit == "%" else ""
-    value = (
-        with_interval(measure, estimate).replace(" [", f"{unit} [")
-        if "[" in with_interval(measure, estimate)
-        else measure.text(estimate.value) + unit
-    )
+    ends = f" [{measure.text(estimate.low)}, {measure.text(estimate.high)}]" if has_interval(estimate) else ""
     encoder, flops = parameters_text(item.positions["params"] or 0), amount_text(item.positions["flops"] or 0)
-    return f"{item.label} {value} with {encoder} encoder parameters and {flops} PFLOPs"
+    return f"{item.label} {measure.text(estimate.value)}{unit}{ends} with {encoder} encoder parameters and {flops} PFLOPs"
