@@ -74,7 +74,7 @@ def work(folder: str, start: float, seconds: float) -> Steps:
         writer.write(step, {key: step + number / 16 for number, key in enumerate(KEYS)})
         took_ms.append(1e3 * (time.perf_counter() - begin))
     writer.close()
-    return Steps(took_ms, late_ms)
+    return Steps([round(value, 3) for value in took_ms], [round(value, 3) for value in late_ms])
 
 
 class Runs:
@@ -84,19 +84,21 @@ class Runs:
         config = RunConfig.load("digits_crate_mae")
         prints = fingerprint(config, "data", "float32")
         self.folders = [open_run(config, prints, uri=str(scratch / f"run{number}")) for number in range(count)]
+        self._steps = [scratch / f"steps{number}.json" for number in range(count)]
         self._leases = [Lease.take(folder) for folder in self.folders]
 
-    def start(self, seconds: float) -> list["subprocess.Popen[str]"]:
-        """Starts the processes; they begin together."""
+    def start(self, seconds: float) -> list["subprocess.Popen[bytes]"]:
+        """Starts the processes; they begin together, and leave their steps in files: a pipe would fill up and hold them."""
         start = time.time() + START_SECONDS
         command = [sys.executable, "-m", "benchmarks.bench_mirror", "work", "--start", str(start), "--seconds", str(seconds)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        return [
-            subprocess.Popen([*command, "--folder", folder.uri], stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT)
-            for folder in self.folders
-        ]
+        started = []
+        for folder, path in zip(self.folders, self._steps, strict=True):
+            with path.open("wb") as output:
+                started.append(subprocess.Popen([*command, "--folder", folder.uri], stdout=output, env=environment, cwd=_ROOT))
+        return started
 
-    def wait(self, started: Sequence["subprocess.Popen[str]"], timeout_s: float) -> list[Steps]:
+    def wait(self, started: Sequence["subprocess.Popen[bytes]"], timeout_s: float) -> list[Steps]:
         """The steps of each process once all have ended, while their driver beats; the runs are FINISHED then."""
         deadline = time.monotonic() + timeout_s
         try:
@@ -104,14 +106,13 @@ class Runs:
                 for lease in self._leases:
                     lease.beat()
                 time.sleep(0.5)
-            outputs = [process.communicate(timeout=10)[0] for process in started]
         finally:
             for process in started:
                 process.kill()
-                process.communicate()
+                process.wait()
         for lease in self._leases:
             lease.end("FINISHED")
-        return [Steps(**json.loads(output)) for output in outputs]
+        return [Steps(**json.loads(path.read_text())) for path in self._steps]
 
 
 @contextmanager
