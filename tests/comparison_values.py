@@ -102,6 +102,7 @@ def make_configuration(
         params_total=int(2 * params),
         is_confirmed=is_confirmed,
         tuning_trials=trials,
+        gain=None if control is None else over_seeds([row.values["probe_top1"] - control for row in rows]),
     )
 
 
@@ -157,6 +158,7 @@ def make_comparison(configurations: list[Configuration] | None = None, **how: An
                   "CRATE-MAE needs 0.42x [0.36, 0.51] of the parameters of MAE at 90% probe accuracy."),
             Ratio("flops", "mae", None, None, "the fronts do not overlap", "No ratio of compute: the fronts do not overlap."),
         ),
+        "total_ratios": (Ratio("params", "mae", None, None, "too few", "No ratio of all parameters: too few seeds."),),
         "sensitivities": sensitivities(),
         "layers": layer_curves(crate[0].label) if crate else (),
         "correlations": {"crate": {"knn_top1": 0.93, "rankme": 0.41}, "vit": {"knn_top1": 0.9, "rankme": math.nan}},

@@ -23,17 +23,23 @@ _HYPOTHESES = (
     "within 5% after equal images within 1%; training PFLOPs within 5%; exclusive hours within 5% on equal hardware."
 )
 _TESTS = (
-    "differences are paired by seed; two-sided paired t test; p values corrected by Holm over all differences of this report. "
-    "The intervals beside them are not corrected: each covers 95% by itself."
+    "differences are paired by seed; two-sided paired t test; p values corrected by Holm over all pairs of this report, of "
+    "which one that is equal in several ways counts once. The intervals beside them are not corrected: each covers 95% by "
+    "itself."
 )
 _NO_VERDICT = (
     "below 5 pairs, with unequal tuning budgets, or across runs that differ in a key that is refused. “Not distinguishable” "
     "means that the corrected test does not reject equality; it does not mean that the two are equal."
 )
 _CURVES = {
-    "power_law": "y = a - b x^-c (a + b x^-c of a loss) with 95% intervals, where there are 5 sizes of 3 seeds or more",
+    "power_law": "y = a - b x^-c (a + b x^-c of a loss) with 95% intervals, where 5 sizes of 3 seeds or more lie on one",
     "log_linear": "straight lines over log cost between the configurations that no other of the family beats at less",
 }
+_RATIOS = (
+    "read at the best configuration of one family that the front of the other passes, chosen from means alone. The interval holds "
+    "every place that a paired t test over seeds does not tell from it; where the measured range does not close it, it stays "
+    "open, at 0 or infinity. Nothing is extrapolated."
+)
 _PARAMETERS = "trainable ones. Of the encoder first, which is what is kept after pretraining; then all, with the decoder."
 _COMPUTE = (
     "forward and backward of what is executed for an image, in closed form, masked tokens only where they are processed, times "
@@ -83,8 +89,9 @@ def _tests(comparison: Comparison) -> list[tuple[str, str]]:
 def _curves(comparison: Comparison) -> list[tuple[str, str]]:
     kinds = {curve.kind for curve in comparison.curves}
     texts = [text for kind, text in _CURVES.items() if kind in kinds]
-    end = "Neither leaves the range that was measured, so no ratio is extrapolated."
-    return [("Curves and ratios:", f"{'; '.join(texts)}. {end}")] if texts else []
+    curves = [("Curves:", f"{'; '.join(texts)}. They end where the measured range ends.")] if texts else []
+    has_ratio = any(ratio.ratio is not None for ratio in (*comparison.ratios, *comparison.total_ratios))
+    return [*curves, *([("Ratios:", _RATIOS)] if has_ratio else [])]
 
 
 def _time(comparison: Comparison) -> str:
@@ -96,7 +103,9 @@ def _time(comparison: Comparison) -> str:
 def _controls(comparison: Comparison) -> list[tuple[str, str]]:
     texts = []
     if any(item.control is not None for item in comparison.configurations):
-        texts.append(("Untrained:", "the same encoder at initialisation, through the same probe."))
+        texts.append(
+            ("Untrained:", "the same encoder at initialisation, through the same probe; the gain is what training adds.")
+        )
     if comparison.raw_pixels is not None:
         score = metric_measure(comparison).with_unit(comparison.raw_pixels)
         texts.append(("Raw pixels:", f"the same probe without a model: {score}."))

@@ -123,8 +123,10 @@ def _draw_difference(axes: "Axes", place: float, item: Difference, measure: Meas
 
 def _write_difference(axes: "Axes", place: float, item: Difference, measure: Measure, page: Page) -> None:
     """What is compared on the left above the line, how it ended on the right."""
-    letters = 19 if page.is_narrow else 30
-    pair = f"{short(item.first.label, letters)} \N{MINUS SIGN} {short(item.second.label, letters)}"
+    first, second = item.first.label, item.second.label
+    if page.is_narrow:
+        first = first.removeprefix(model_name(item.first.model)).strip() or first  # the axis says that it is CRATE's
+    pair = f"{short(first, 16 if page.is_narrow else 30)} \N{MINUS SIGN} {short(second, 32)}"
     found = f"p {p_text(item.p_holm)}" if page.is_narrow else _found(item, measure)
     size = page.font_pt - (2 if page.is_narrow else 1.5)
     options: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontsize": size, "va": "bottom"}

@@ -32,6 +32,7 @@ pre code { overflow-wrap: normal; background: none; padding: 0; }
 .title { margin: 0; color: var(--muted); }
 .lead { margin: 0 0 1.2rem; color: var(--muted); }
 .verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0.8rem; margin: 0; }
+.verdicts > div:nth-child(n + 4) { grid-column: 1 / -1; }
 .verdicts > div { background: var(--raised); border-radius: 6px; padding: 0.8rem 1rem; }
 dt { font-weight: 600; }
 dd { margin: 0.25rem 0 0; }
@@ -52,7 +53,8 @@ table { overflow-wrap: break-word; border-collapse: separate; border-spacing: 0;
   line-height: 1.4; }
 caption { caption-side: top; text-align: left; padding: 0.6rem 0.7rem; color: var(--muted); }
 th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--grid); }
-td { max-width: 24rem; min-width: 3.5rem; }
+td { max-width: 24rem; min-width: 7rem; }
+td.number { min-width: 3.5rem; }
 thead th { background: var(--raised); vertical-align: bottom; min-width: 4rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
@@ -67,7 +69,6 @@ details p { color: var(--muted); font-size: 0.9rem; }
   figure svg.wide { display: none; }
   figure svg.narrow { display: block; }
   th[scope="row"], thead th:first-child { min-width: 8rem; max-width: 9rem; }
-  td { min-width: 4.5rem; }
 }
 @media print {
   @page { size: A4; margin: 14mm; }
@@ -81,7 +82,7 @@ details p { color: var(--muted); font-size: 0.9rem; }
   figure svg.wide { max-width: 15.5cm; max-height: 22cm; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 6.6pt; }
-  th, td, td.long, thead th { padding: 0.15rem 0.25rem; min-width: 0; }
+  th, td, td.long, td.number, thead th { padding: 0.15rem 0.25rem; min-width: 0; }
   td.number { white-space: normal; }
   th[scope="row"], thead th:first-child { position: static; min-width: 0; max-width: none;
     overflow-wrap: break-word; }

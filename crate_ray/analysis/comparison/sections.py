@@ -145,7 +145,17 @@ def _configurations_table(comparison: Comparison) -> Table:
         + (" [95% over seeds]" if most_seeds(comparison) > 1 else ""),
     ]
     header += ["95% over test images"] if has_images else []
-    header += ["seeds", "untrained", "encoder params", "total params", "PFLOPs", "hours", "tuning trials", "confirmed"]
+    header += [
+        "seeds",
+        "untrained",
+        "gain [95%]",
+        "encoder params",
+        "total params",
+        "PFLOPs",
+        "hours",
+        "tuning trials",
+        "confirmed",
+    ]
     lines = [
         (
             item.label,
@@ -154,6 +164,7 @@ def _configurations_table(comparison: Comparison) -> Table:
             *([_ends(measure, item, comparison.metric)] if has_images else []),
             seeds_text(item.seeds),
             measure.text(item.control),
+            difference_text(measure, item.gain),
             *_sizes(item),
             "not recorded" if item.tuning_trials is None else str(item.tuning_trials),
             "yes" if item.is_confirmed else "no",
@@ -182,25 +193,28 @@ def _sizes(item: Configuration) -> tuple[str, ...]:
 def _differences(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
     if not comparison.differences:
         return (Paragraph("No two configurations of CRATE and MAE are equal on any axis, so no hypothesis was declared."),)
+    axes = dict.fromkeys(item.axis for item in comparison.differences)
+    return (_picture(DIFFERENCES, absent), *(_differences_table(comparison, axis) for axis in axes))
+
+
+def _differences_table(comparison: Comparison, axis: str) -> Table:
+    own = [item for item in comparison.differences if item.axis == axis]
     measure = metric_measure(comparison)
     unit = f" ({measure.difference_unit})" if measure.difference_unit else ""
-    has_dropped = any(item.dropped for item in comparison.differences)
-    header = ("where", "CRATE", "MAE", f"CRATE minus MAE{unit} [95%]", "pairs", "p", "p (Holm)",
-              "test-set noise [95%]", "result", *(("left out",) if has_dropped else ()))  # fmt: skip
-    texts = frozenset({0, 1, 2, *range(8, len(header))})
+    has_dropped = any(item.dropped for item in own)
+    header = ("CRATE \N{MINUS SIGN} MAE", f"difference{unit} [95%]", "pairs", "p", "p (Holm)", "test-set noise [95%]", "result",
+              *(("left out",) if has_dropped else ()))  # fmt: skip
     lines = tuple(
-        _difference_cells(item, measure, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped)
-        for item in comparison.differences
+        _difference_cells(item, measure, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped) for item in own
     )
-    return (_picture(DIFFERENCES, absent), Table("Every hypothesis that was declared, in that order.", header, lines, texts))
+    caption = f"{sentence(AT[axis])}: every pair that was declared, in that order."
+    return Table(caption, header, lines, frozenset({0, *range(6, len(header))}))
 
 
 def _difference_cells(item: Difference, measure: Measure, *, is_larger_better: bool, has_dropped: bool) -> tuple[str, ...]:
     dropped = "; ".join(f"seed {seed}: {why}" for seed, why in item.dropped.items()) or "-"
     return (
-        AT[item.axis].removeprefix("at "),
-        item.first.label,
-        item.second.label,
+        f"{item.first.label} \N{MINUS SIGN} {item.second.label}",
         difference_text(measure, item.interval),
         str(len(item.seeds)),
         p_text(item.p_value),
@@ -222,10 +236,10 @@ def _result(item: Difference, *, is_larger_better: bool) -> str:
 
 def _ratios(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
     blocks: list[Block] = []
-    if comparison.ratios:
-        items = tuple(
-            (f"{sentence(AXIS_UNITS[r.axis])}, against {model_name(r.baseline)}:", r.sentence) for r in comparison.ratios
-        )
+    named = [(AXIS_UNITS[ratio.axis], ratio) for ratio in comparison.ratios]
+    named += [("all trainable parameters", ratio) for ratio in comparison.total_ratios]
+    if named:
+        items = tuple((f"{sentence(what)}, against {model_name(ratio.baseline)}:", ratio.sentence) for what, ratio in named)
         blocks.append(Bullets(items))
     else:
         blocks.append(Paragraph("No ratio: it takes configurations of both families that may be compared."))
