@@ -17,6 +17,9 @@ MODEL_NAMES: Mapping[str, str] = {
     "crate_mae_visible": "CRATE-MAE (visible tokens)",
     "mae": "MAE (facebook)",
     "mae_all_tokens": "MAE (CRATE repository)",
+    "crate": "CRATE",
+    "crate_linear": "CRATE (linear embedding)",
+    "vit_linear": "ViT",
 }
 BASELINES: Mapping[str, str] = {
     "mae": "its encoder sees the visible patches alone.",
