@@ -89,8 +89,8 @@ def _print_label_free(reports: Mapping[str, Report]) -> None:
         for label, key in _LABEL_FREE
     ]
     images = max(report["label_free"]["images"] for report in reports.values())
-    title = f"label-free, {images:,} validation images; in brackets: untrained. Never ranked across families"
-    print_table(("", *reports), lines, title=title)
+    print_table(("", *reports), lines, title=f"label-free, {images:,} validation images")
+    console.print("in brackets: untrained; how features are spread, never ranked across families", style="dim", soft_wrap=True)
 
 
 def _number(trained: float | None, control: float | None) -> str:

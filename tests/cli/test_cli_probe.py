@@ -93,7 +93,7 @@ def test_every_number_stands_beside_its_control_and_nothing_that_was_not_measure
     assert "fine-tuned 90.0% [85.0%, 95.0%] (60.0%), 2 seeds -" in text
     assert "RankMe 5 (3) 7 (3)" in text
     assert "alpha-ReQ - (1.2) - (1.2)" in text
-    assert "Never ranked across families" in text
+    assert "never ranked across families" in text
     assert "published" not in text
     assert "50 labels" not in text
     assert "raw pixels" not in text

@@ -129,7 +129,9 @@ def test_another_data_set_has_files_and_names_of_its_own(load_tiny: LoadTiny, tm
     assert final is not None
     assert final["values"]["final/other_published_probe_top1"] == pytest.approx(report["published_probe_top1"][0], rel=1e-3)
     assert "final/published_probe_top1" not in final["values"]
-    with pytest.raises(ConfigError, match=r"data\.eval is not set"):
+    with pytest.raises(
+        ConfigError, match=r"has no folder validation, which this reads; `--protocol published --test` reads train and test"
+    ):
         probe_run(folder, ProbeRequest("test", data=other))
     with pytest.raises(ConfigError, match="small letters"):
         OtherData.parse("CIFAR 10=/data/x")

@@ -89,6 +89,9 @@ def check_subject(subject: Subject) -> None:
             )
         split_url(subject.config, request.split)
         return
+    if request.data is not None:
+        is_plain = request.protocols == ("published",) and not request.few_labels
+        request.data.require(subject.config, (request.split,) if is_plain else ("validation", request.split))
     labelled = [name for name in request.protocols if PROTOCOLS[name].needs_labels]
     if "label-free" in request.protocols:
         split_url(subject.config, "validation")

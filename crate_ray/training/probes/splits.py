@@ -5,7 +5,7 @@ mix, the images to fit on are the data sets with the classes of the validation i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Self
 
 from crate_ray import storage
@@ -61,6 +61,23 @@ class OtherData(NamedTuple):
         data = {"train": there["train"], "mix": None, "eval": there["validation"], "test": there["test"]}
         return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
+    def require(self, config: RunConfig, splits: Iterable[Split]) -> None:
+        """Refuses a folder without one of these splits.
+
+        Args:
+            config: From `in_place_of`.
+            splits: That will be read.
+
+        Raises:
+            ConfigError: Names the split, and what needs none.
+        """
+        missing = sorted(split for split in splits if getattr(config.data, _KEYS[split]) is None)
+        if missing:
+            raise ConfigError(
+                f"--data {self.name}={self.root} has no folder {missing[0]}, which this reads; `--protocol published --test` "
+                "reads train and test alone, every other protocol chooses or measures on validation"
+            )
+
 
 def split_source(config: RunConfig, split: SplitName) -> Source:
     """Where the images of a split lie.
@@ -80,7 +97,7 @@ def split_url(config: RunConfig, split: Split) -> str:
     key = _KEYS[split]
     url = getattr(config.data, key)
     if url is None:
-        raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}, or --data a folder {split}")
+        raise ConfigError(f"data.{key} is not set; the probe reads it: give the run a data.{key}")
     return str(url)
 
 
