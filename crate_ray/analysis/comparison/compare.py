@@ -15,8 +15,9 @@ from crate_ray.analysis.comparison.gates import (
     is_loss,
     largest_comparable,
 )
-from crate_ray.analysis.comparison.hypotheses import Answers, choices_of, declare, judge
+from crate_ray.analysis.comparison.hypotheses import choices_of, declare, judge
 from crate_ray.analysis.comparison.layers import ReadLayers, layer_curves
+from crate_ray.analysis.comparison.noise import Answers
 from crate_ray.analysis.comparison.result import AXES, Axis, Comparison, Configuration
 from crate_ray.analysis.comparison.sensitivity import correlations, sensitivities
 from crate_ray.analysis.comparison.verdicts import headline, verdicts

@@ -6,25 +6,23 @@ to pick the pair that differs most and then to test it would find winners where 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import numpy as np
+from functools import cache, partial
+from typing import Literal
 
 from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, flags, is_within, refusals
+from crate_ray.analysis.comparison.noise import Answers, Pairs, image_noise
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference
 from crate_ray.analysis.objectives import Measure, count_text
-from crate_ray.analysis.statistics import PairedTest, holm, paired_t_test, source_interval
+from crate_ray.analysis.statistics import PairedTest, holm, paired_t_test
 from crate_ray.runs.rows import Estimate
 
 WITHIN = 0.05
 """How far two configurations may stand apart on an axis to be called equal there."""
 ALPHA = 0.05
 Where = Axis | Literal["best"]
-Answers = Mapping[str, Mapping[str, Any]]
-"""By run_uid: the content of the run's answers file, which says of each source image how many rows it has and were right."""
 AT: Mapping[str, str] = {
     "params": "at equal encoder parameters",
     "flops": "at equal training FLOPs",
@@ -105,7 +103,8 @@ def judge(
     hypotheses: Sequence[Hypothesis], metric: str, measure: Measure, answers: Answers, *, larger: bool
 ) -> tuple[Difference, ...]:
     """What the runs say of each hypothesis."""
-    drafts = [_measured(item, metric, answers) for item in hypotheses]
+    noise = cache(partial(image_noise, answers=answers, metric=metric))  # of a pair on several axes but once
+    drafts = [_measured(item, metric, noise) for item in hypotheses]
     pairs: dict[tuple[str, str], float] = {_pair(item): item.p_value for item in drafts if item.p_value is not None}
     corrected = dict(zip(pairs, holm(list(pairs.values())), strict=True))
     told = [replace(item, p_holm=corrected.get(_pair(item))) if item.p_value is not None else item for item in drafts]
@@ -116,14 +115,13 @@ def _pair(item: Difference) -> tuple[str, str]:
     return item.first.label, item.second.label
 
 
-def _measured(item: Hypothesis, metric: str, answers: Answers) -> Difference:
+def _measured(item: Hypothesis, metric: str, noise: Callable[[Pairs], Estimate | None]) -> Difference:
     first = {row.seed: row for row in item.first.rows}
     second = {row.seed: row for row in item.second.rows}
     seeds = tuple(sorted(first.keys() & second.keys()))
     dropped = _dropped(item, seeds)
     test = _test([first[seed].values[metric] - second[seed].values[metric] for seed in seeds]) if not item.refusals else None
-    pairs = [(first[seed].run_uid, second[seed].run_uid) for seed in seeds]
-    noise = _test_noise([(answers.get(a), answers.get(b)) for a, b in pairs], metric) if not item.refusals else None
+    pairs = tuple((first[seed].run_uid, second[seed].run_uid) for seed in seeds)
     return Difference(
         axis=item.axis,
         first=item.first,
@@ -133,7 +131,7 @@ def _measured(item: Hypothesis, metric: str, answers: Answers) -> Difference:
         interval=Estimate(test.mean, test.low, test.high) if test else None,
         p_value=test.p_value if test else None,
         p_holm=None,
-        test_noise=noise,
+        test_noise=noise(pairs) if not item.refusals else None,
         why_no_verdict=_why_no_verdict(item, len(seeds)),
         verdict="",
         flags=(*flags(item.first, item.second), *_dropped_flag(dropped)),
@@ -166,29 +164,6 @@ def _why_no_verdict(item: Hypothesis, num_pairs: int) -> str | None:
     if num_pairs < LEAST_SEEDS:
         return f"{count_text(num_pairs, 'paired seed')}, and a verdict needs {LEAST_SEEDS}"
     return None
-
-
-def _test_noise(pairs: Sequence[tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]], metric: str) -> Estimate | None:
-    """Of the difference of the seeds' means over source images; None where a run's answers are missing or of other images."""
-    tables = [[_answered(side, metric) for side in pair] for pair in pairs]
-    known = [table for pair in tables for table in pair if table is not None]
-    if not known or len(known) < 2 * len(pairs):
-        return None
-    sources, rows = known[0][0], known[0][1]
-    if any(names != sources or counts != rows for names, counts, _ in known):
-        return None
-    signed = [sign * np.asarray(correct, float) for pair in tables for sign, (_, _, correct) in zip((1, -1), pair, strict=True)]  # type: ignore[misc]
-    total_S = np.sum(signed, axis=0) / len(pairs)
-    return source_interval(list(zip(total_S.tolist(), rows, strict=True))) if len(rows) > 1 else None
-
-
-def _answered(body: Mapping[str, Any] | None, metric: str) -> tuple[list[str], list[int], list[float]] | None:
-    """Names of the sources, their rows and how many of them were right, in the order of names."""
-    correct = (body or {}).get("correct", {}).get(metric)
-    if body is None or correct is None:
-        return None
-    ordered = sorted(zip(map(str, body["sources"]), body["rows"], correct, strict=True))
-    return [item[0] for item in ordered], [item[1] for item in ordered], [item[2] for item in ordered]
 
 
 def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:

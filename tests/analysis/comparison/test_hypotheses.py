@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +215,23 @@ def test_noise_of_the_test_set_is_that_of_source_images_with_the_models_held_fix
     other_images = {**bodies, rows[0].run_uid: {**bodies[rows[0].run_uid], "sources": ["a", "b", "c", "e"]}}
     assert on(compare(rows, name="made", answers=other_images))[0].test_noise is None
     assert on(compare(rows, name="made", answers=dict(list(bodies.items())[:9])))[0].test_noise is None
+
+
+def test_answers_of_a_pair_that_stands_on_several_axes_are_looked_at_once() -> None:
+    class Counted(dict[str, dict[str, Any]]):
+        asked = 0
+
+        def get(self, *key: Any) -> Any:
+            self.asked += 1
+            return super().get(*key)
+
+    rows = pair([0.75] * 5, [0.5] * 5)
+    body = {"sources": ["a", "b"], "rows": [1, 1], "correct": {"probe_top1": [1, 0]}}
+    answers = Counted({row.run_uid: body for row in rows})
+    comparison = compare(rows, name="made", answers=answers)
+    assert len(comparison.differences) == 4
+    assert all(item.test_noise is not None for item in comparison.differences)
+    assert answers.asked == 10
 
 
 @pytest.mark.slow
