@@ -62,13 +62,14 @@ td.long { min-width: 14rem; max-width: 30rem; }
 th[scope="row"], thead th:first-child { position: sticky; left: 0; background: var(--paper); font-weight: 600;
   min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
 thead th:first-child { background: var(--raised); }
+th[scope="row"].long { min-width: 16rem; max-width: 22rem; }
 details { margin: 0.6rem 0; max-width: 46rem; }
 summary { cursor: pointer; }
 details p { color: var(--muted); font-size: 0.9rem; }
 @media screen and (max-width: 40rem) {
   figure svg.wide { display: none; }
   figure svg.narrow { display: block; }
-  th[scope="row"], thead th:first-child { min-width: 8rem; max-width: 9rem; }
+  th[scope="row"], th[scope="row"].long, thead th:first-child { min-width: 8rem; max-width: 9rem; }
 }
 @media print {
   @page { size: A4; margin: 14mm; }
@@ -84,7 +85,7 @@ details p { color: var(--muted); font-size: 0.9rem; }
   table { font-size: 6.6pt; }
   th, td, td.long, td.number, thead th { padding: 0.15rem 0.25rem; min-width: 0; }
   td.number { white-space: normal; }
-  th[scope="row"], thead th:first-child { position: static; min-width: 0; max-width: none;
+  th[scope="row"], th[scope="row"].long, thead th:first-child { position: static; min-width: 0; max-width: none;
     overflow-wrap: break-word; }
   details::details-content { content-visibility: visible; block-size: auto; }
   pre, pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
