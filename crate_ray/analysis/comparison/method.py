@@ -37,8 +37,8 @@ _CURVES = {
 }
 _RATIOS = (
     "read at the best configuration of one family that the front of the other passes, chosen from means alone. The interval "
-    "holds every place that a paired t test over seeds does not tell from it; where the measured range does not close it, it stays "
-    "open, at 0 or infinity. Nothing is extrapolated."
+    "holds every place that a paired t test over seeds does not tell from it; where the measured range does not close it, it "
+    "stays open, at 0 or infinity. Nothing is extrapolated."
 )
 _PARAMETERS = "trainable ones. Of the encoder first, which is what is kept after pretraining; then all, with the decoder."
 _COMPUTE = (
