@@ -27,7 +27,7 @@ START_S = 60
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 IDLE_S = 9.0
 LIFE_S = 900  # whatever becomes of the test
-JOIN_S = 30  # after which a machine that has not joined is given up
+JOIN_S = 45  # after which a machine that has not joined is given up
 
 
 @contextlib.contextmanager

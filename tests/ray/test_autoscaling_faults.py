@@ -40,7 +40,7 @@ def test_a_node_that_never_comes_is_reported_with_what_was_asked_for(
     more = ["scale.num_workers=3", "scale.cpus_per_worker=3", "scale.node_wait_s=40", "name=waiting"]
     started = time.monotonic()
     driver = submit("train", "digits_crate_mae", *arguments(overrides, *more))
-    wait_for(lambda: "waiting for" in driver.output(), "word of the wait", 60)
+    wait_for(lambda: "waiting for" in driver.output(), "word of the wait", 120)
     said_after = time.monotonic() - started
     assert driver.wait(120) == 1, driver.output()
     status = read_status(RunFolder(str(tmp_path / "out" / "waiting")))
@@ -57,7 +57,7 @@ def test_a_group_whose_machines_do_not_join_is_replaced_by_another(
 ) -> None:
     submitted = time.monotonic()
     driver = submit("train", "digits_crate_mae", *arguments(overrides, "scale.cpus_per_worker=4", "train.steps=40"))
-    wait_for(lambda: "1 x stuck on their way" in driver.output(), "word of the wait", 60)
+    wait_for(lambda: "1 x stuck on their way" in driver.output(), "word of the wait", 120)
     assert driver.wait(150) == 0, driver.output()
     ended_after = time.monotonic() - submitted
     print(f"\nfallback: the run on the other group ended {ended_after:.1f} s after the command ({JOIN_S} s to join)")
