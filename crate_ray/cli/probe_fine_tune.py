@@ -34,16 +34,17 @@ def fine_tune_all(subjects: "Sequence[Subject]", *, seeds: int, overrides: Seque
     plans = [plan_fine_tunes(subject, seeds=seeds, overrides=[*scale, *overrides]) for subject in subjects]
     for subject, plan in zip(subjects, plans, strict=True):
         with Study(plan.tuned[0]) as study:
-            tuned = [_train(study, config, subject, kind="probe") for config in plan.tuned]
-            control = [_train(study, config, subject, kind="control") for config in plan.control]
+            tuned = [_train(study, config, subject) for config in plan.tuned]
+            control = [_train(study, config, subject) for config in plan.control]
         record_fine_tunes(subject, tuned, control, overrides=overrides)
 
 
-def _train(study: Study, config: "RunConfig", subject: "Subject", *, kind: str) -> "RunFolder":
-    start = f"step {subject.checkpoint.step}" if kind == "probe" else "random weights"
+def _train(study: Study, config: "RunConfig", subject: "Subject") -> "RunFolder":
+    """One of the runs, of kind `probe`, so that no comparison takes it for a model of its own."""
+    start = f"step {subject.checkpoint.step}" if config.train.init_from else "random weights"
     errors.print(f"[dim]{subject.folder.name}: fine-tuning from {start}, seed {config.train.seed} ...[/dim]", soft_wrap=True)
     meta = subject.folder.read_json("run_meta.json") or {}
-    outcome = study.train(config, kind=kind, parent_uid=meta.get("run_uid"))
+    outcome = study.train(config, kind="probe", parent_uid=meta.get("run_uid"))
     if outcome.state != "FINISHED":
         errors.print(f"{outcome.folder.name}: {outcome.state}; the same command goes on from here", soft_wrap=True)
         raise typer.Exit(exit_code(outcome))

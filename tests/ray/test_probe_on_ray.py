@@ -106,10 +106,10 @@ def test_fine_tuning_trains_beside_the_run_and_again_only_reads(drive: Callable[
     report = folder.read_json("probe_validation.json")
     assert report is not None
     (tuned,), (control,) = report["fine_tune"]["runs"], report["control_fine_tune"]["runs"]
-    for uri, kind in ((tuned, "probe"), (control, "control")):
+    for uri in (tuned, control):
         meta = RunFolder(uri).read_json("run_meta.json")
         assert meta is not None
-        assert (meta["kind"], meta["parent_uid"]) == (kind, (folder.read_json("run_meta.json") or {})["run_uid"])
+        assert (meta["kind"], meta["parent_uid"]) == ("probe", (folder.read_json("run_meta.json") or {})["run_uid"])
     again = drive(*command)
     assert again.wait(120) == 0, again.output()
     assert folder.read_json("probe_validation.json") == report
