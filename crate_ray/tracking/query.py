@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PAGE = 1000
+PAGE_SECONDS = 120.0  # a thousand runs with hundreds of metrics each take a busy server longer than to say that it is there
 _NO_ROWS = ("sweep", "probe", "compare")  # kinds of runs that no comparison reads
 _SYNC = "`crate-ray tracking sync ROOT` tells MLflow what a comparison needs"
 
@@ -45,7 +46,7 @@ def rows_of_experiment(uri: str, experiment: str, *, split: Split, timeout_s: fl
         uri: The tracking store.
         experiment: Name of the experiment.
         split: Whose judgement the rows hold.
-        timeout_s: How long the store may take to answer a request.
+        timeout_s: How long the store may take to answer at all; a page of runs may take PAGE_SECONDS.
 
     Raises:
         ConfigError: There is no such store or experiment, or it does not answer in time.
@@ -58,6 +59,7 @@ def rows_of_experiment(uri: str, experiment: str, *, split: Split, timeout_s: fl
             names = ", ".join(_experiments(client))
             known = f"there are: {names}" if names else "there is none at all"
             raise ConfigError(f"no experiment '{experiment}' at {public_uri(uri)}; {known}")
+    with _as_one_message(uri, PAGE_SECONDS):
         return _read(_runs(client, found.experiment_id), split)
 
 
