@@ -80,8 +80,9 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
     reasons: dict[str, str] = {}
     kept = unique
     for sieve in (
-        partial(_unusable, metric=metric),
+        _without_end,
         partial(_screened, confirmed_sweeps=confirmed_sweeps),
+        partial(_without_number, metric=metric),
         partial(_unlucky, metric=metric),
         partial(_judged_otherwise, metric=metric),
         partial(_twice, names=names),
@@ -108,22 +109,18 @@ def _unique_names(rows: Sequence[RunRow]) -> dict[str, str]:
     return {row.run_uid: row.name if counts[row.name] == 1 else f"{row.uri} ({row.run_uid[:8]})" for row in rows}
 
 
-def _unusable(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
-    """Runs without an end, or without the number that is compared."""
-    return {row.run_uid: reason for row in rows if (reason := _why_not(row, metric)) is not None}
+def _without_end(rows: Sequence[RunRow]) -> dict[str, str]:
+    """Runs that did not take the last step of their schedule, and controls, which took none."""
+    found = {row.run_uid: row.incomplete or row.state.lower() for row in rows if not row.is_complete}
+    return found | {row.run_uid: "a control, not a trained model" for row in rows if row.kind == "control"}
 
 
-def _why_not(row: RunRow, metric: str) -> str | None:
-    if row.kind == "control":
-        return "a control, not a trained model"
-    if not row.is_complete:
-        return row.incomplete or row.state.lower()
-    if metric not in row.values:
-        fix = " (`crate-ray probe` measures it)" if metric.endswith("top1") else ""
-        return f"{metric} was not measured{fix}"
-    if not math.isfinite(row.values[metric]):
-        return f"{metric} is {'NaN' if math.isnan(row.values[metric]) else 'infinite'}"
-    return None
+def _without_number(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
+    """Runs without the number that is compared."""
+    fix = " (`crate-ray probe` measures it)" if metric.endswith("top1") else ""
+    missing = {row.run_uid: f"{metric} was not measured{fix}" for row in rows if metric not in row.values}
+    bad = [row for row in rows if not math.isfinite(row.values.get(metric, 0))]
+    return missing | {row.run_uid: f"{metric} is {'NaN' if math.isnan(row.values[metric]) else 'infinite'}" for row in bad}
 
 
 def _screened(rows: Sequence[RunRow], confirmed_sweeps: Set[str | None]) -> dict[str, str]:

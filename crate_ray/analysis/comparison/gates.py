@@ -267,10 +267,8 @@ def _control(configurations: Sequence[Configuration]) -> Iterator[Finding]:
 
 def _finals(rows: Sequence[RunRow], metric: str) -> Iterator[Finding]:
     """Without these runs the mean of their configuration is that of the luckier part."""
-    ordered = sorted(rows, key=lambda row: (row.name, row.run_uid))
-    bad = [
-        (row.name, row.values[metric]) for row in ordered if row.is_complete and not math.isfinite(row.values.get(metric, 0))
-    ]
+    ended = [row for row in rows if row.is_complete and row.stage != "screen"]
+    bad = sorted((row.name, row.values[metric]) for row in ended if not math.isfinite(row.values.get(metric, 0)))
     values = {
         word: names
         for word, is_such in (("NaN", math.isnan), ("infinite", math.isinf))

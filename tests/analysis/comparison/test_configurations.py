@@ -116,6 +116,19 @@ def test_of_a_sweep_only_confirmed_runs_count_and_a_planned_seed_without_a_run_i
     assert all("screening trial" in reason for reason in found.excluded.values())
 
 
+def test_a_screening_without_the_metric_is_no_run_to_be_probed() -> None:
+    rows = synthetic_rows({"crate_mae": Law(), "mae": Law()}, widths=(128,))
+    screened = [
+        replace(row, values={"eval_knn_top1": 0.5, "probe_top1": math.nan} if row.settings["width"] == 64 else {})
+        for row in synthetic_screening("crate_mae", Law(), widths=(64, 128))
+    ]
+    comparison = compare([*rows, *screened], name="made")
+    assert set(comparison.excluded.values()) == {
+        "a screening trial: it chose what was confirmed, and tells of sensitivities alone"
+    }
+    assert comparison.findings == (), "a diverged screening trial takes nothing from the means"
+
+
 def test_a_sweep_that_confirmed_nothing_gives_its_best_of_each_size_and_no_verdict() -> None:
     grid = [{"lr": 1e-3, "penalty": 0.01}, {"lr": 2e-3, "penalty": 0.0}, {"lr": 4e-3, "penalty": 0.02}]
     rows = [
