@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import errors, print_json, print_table
+from crate_ray.cli.output import errors, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from crate_ray.runs import RunFolder
@@ -60,8 +60,9 @@ def _print(folders: "list[RunFolder]", timings: dict[str, dict[str, Any]]) -> No
         interval = f"[{timing['low']:,.1f}, {timing['high']:,.1f}]"
         rows.append((folder.name, f"{timing['images_per_s']:,.1f}", interval, f"{timing['global_batch']:,}"))
     last = timings[folders[-1].uri]
-    title = f"training on {last['hardware']}, {last['date']}, median over {len(last['rounds'])} rounds with its 95% interval"
-    print_table(("run", "images/s", "interval", "batch"), rows, title=title)
+    how = f"median over {len(last['rounds'])} rounds of {last['steps']} steps with its 95% interval"
+    print_text(f"training on {last['hardware']}, {last['date']}: {how}")
+    print_table(("run", "images/s", "interval", "batch"), rows)
     if not last["exclusive"]:
         errors.print(
             f"others used up to {last['other_cores']:.1f} cores meanwhile: comparisons leave these timings out; "

@@ -5,11 +5,16 @@ many of them compute on the GPU. Only cores that this process may run on count, 
 that takes memory bandwidth alone is not seen.
 """
 
+import logging
 import os
 import time
 from dataclasses import dataclass
 
 import torch
+
+from crate_ray.training.system import gpu_handle, visible_gpus
+
+log = logging.getLogger(__name__)
 
 QUIET_SHARE = 0.05
 """Of this machine's cores: below it, and below QUIET_CORES, others do not count."""
@@ -86,8 +91,16 @@ def other_gpu_processes(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    lines = torch.cuda.list_gpu_processes(device).splitlines()
-    if not lines or not lines[0].startswith("GPU"):  # a sentence that says what is not installed
+    try:
+        import pynvml
+    except ImportError:
         return None
-    is_own = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return max(0, sum(line.strip().startswith("process") for line in lines) - int(is_own))
+    try:
+        pynvml.nvmlInit()
+        handle = gpu_handle(pynvml, visible_gpus(pynvml)[device.index or 0])
+        programs = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except pynvml.NVMLError as error:
+        log.debug("no list of the programs on the GPU: %s", error)
+        return None
+    is_own_there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return max(0, programs - int(is_own_there))

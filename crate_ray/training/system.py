@@ -125,7 +125,7 @@ def _open_gpus() -> Callable[[], Sample] | None:
         return None
     try:
         pynvml.nvmlInit()
-        handles = [_gpu_handle(pynvml, name) for name in _visible_gpus(pynvml)]
+        handles = [gpu_handle(pynvml, name) for name in visible_gpus(pynvml)]
     except pynvml.NVMLError as error:  # no driver, or no GPU
         log.debug("no GPU metrics: %s", error)
         return None
@@ -136,7 +136,7 @@ def _open_gpus() -> Callable[[], Sample] | None:
     )
 
 
-def _visible_gpus(pynvml: Any) -> list[str]:
+def visible_gpus(pynvml: Any) -> list[str]:
     """Numbers or UUIDs of the devices, as CUDA_VISIBLE_DEVICES or the driver says."""
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is None:
@@ -144,7 +144,8 @@ def _visible_gpus(pynvml: Any) -> list[str]:
     return [name.strip() for name in stated.split(",") if name.strip() not in ("", "-1")]
 
 
-def _gpu_handle(pynvml: Any, name: str) -> Any:
+def gpu_handle(pynvml: Any, name: str) -> Any:
+    """The driver's handle of a device by its number or UUID."""
     if name.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))
     return pynvml.nvmlDeviceGetHandleByUUID(name)

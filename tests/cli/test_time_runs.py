@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from crate_ray.config import RunConfig, fingerprint
 from crate_ray.runs import RunFolder, open_run
+from crate_ray.runs.rows import read_run_row
 from crate_ray.training import exclusive, quiet
 from tests.cli.conftest import Invoke
 
@@ -87,3 +90,26 @@ def test_what_is_no_run_or_has_no_data_is_refused_and_nothing_is_written(
         assert refused.code == 2
         assert says in refused.err
     assert whole.read_json("timing.json") is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_verb_times_both_families_as_a_process_and_a_comparison_reads_what_it_wrote(tmp_path: Path, digits: Path) -> None:
+    folders = []
+    for recipe in ("digits_crate_mae", "digits_mae"):
+        data = (f"data.train={digits / 'train'}", f"data.eval={digits / 'validation'}", f"storage.path={tmp_path / 'out'}")
+        config = RunConfig.load(recipe, [*data, f"name={recipe}", "train.global_batch=64"])
+        folders.append(open_run(config, fingerprint(config, "0" * 64, "float32")))
+    command = [sys.executable, "-m", "crate_ray", "time", *(folder.uri for folder in folders), "--steps", "2", "--busy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert "median over 6 rounds" in done.stdout
+    for folder in folders:
+        written = folder.read_json("timing.json") or {}
+        assert len(written["rounds"]) >= 6
+        assert written["low"] > 0
+        row = read_run_row(folder)
+        assert row is not None
+        if written["exclusive"]:
+            assert (row.timing, row.images_per_s, row.hardware) == ("exclusive", written["images_per_s"], written["hardware"])
+        else:
+            assert row.timing != "exclusive"

@@ -106,7 +106,7 @@ def test_only_the_devices_that_the_worker_may_use_are_asked(
     stated: str, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", stated)
-    assert system._visible_gpus(None) == names
+    assert system.visible_gpus(None) == names
 
 
 def test_training_has_the_same_bits_with_and_without(load_tiny: Any, tmp_path: Path) -> None:
