@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _ALL_NAMED = 14  # configurations; of more, those on a front
 _STRIP_FROM = 0.6  # of the models' own range: references further off stand in a strip
 _SAME_PLACE = 0.018  # share of the axis
+_BAR: Mapping[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 1.3}
 _MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(n / 10 for n in range(10, 100)))
 
 
@@ -307,7 +308,7 @@ def _handles(points: Sequence[Point], curves: Sequence[_Line], pixels: float | N
         if model not in models
     ]
     if any(point.ends and not point.is_over_images for point in points):
-        handles.append(Line2D([], [], color=INK, marker="_", markersize=7, label="95% interval over seeds; dots: seeds"))
+        handles.append(Line2D([], [], color=INK, **_BAR, linestyle="", label="95% interval over seeds; dots: seeds"))
     if any(point.ends and point.is_over_images for point in points):
         handles.append(Line2D([], [], color=INK, linestyle=":", label="one seed: 95% interval over test images"))
     if any(not point.item.is_confirmed for point in points):
