@@ -68,6 +68,17 @@ def test_measures_without_labels_do_not_keep_validation_from_the_final_values(lo
     assert final["values"]["final/probe_top1"] == pytest.approx(chosen["probe_top1"][0], rel=1e-3)
 
 
+def test_measures_without_labels_take_a_mix_in_which_nothing_has_the_classes_of_validation(
+    load_tiny: LoadTiny, tmp_path: Path
+) -> None:
+    build_source("shapes:40", str(tmp_path / "other"), image_size=16, num_classes=3)
+    mix = json.dumps([{"train": f"{tmp_path}/other/train", "weight": 1.0}])
+    folder = train(load_tiny("data.train=null", f"data.mix={mix}", "train.steps=1"))
+    assert "label_free" in probe_run(folder, ProbeRequest(protocols=("label-free",)))
+    with pytest.raises(ConfigError, match=r"no data set of data\.mix has the 10 classes .* --protocol label-free"):
+        probe_run(folder)
+
+
 def test_an_earlier_checkpoint_is_judged_beside_the_last_and_is_no_final_value(load_tiny: LoadTiny) -> None:
     folder = train(load_tiny("train.steps=4", "checkpoint.every_steps=2", "optimizer.lr=1e-2"))
     last = probe_run(folder)

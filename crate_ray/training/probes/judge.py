@@ -243,7 +243,7 @@ def probe_raw_pixels(config: RunConfig, *, split: Split) -> Interval:
 
 def num_images(subject: Subject) -> int:
     """Images that a request encodes, of the encoder and of its control together."""
-    splits: tuple[SplitName, ...] = ("train", "validation", "test")
-    wanted = [s for s in splits if s != "test" or subject.request.split == "test"]
-    there = [s for s in wanted if s != "validation" or subject.config.data.eval is not None]
-    return 2 * sum(load_source(split_source(subject.config, split)).num_samples for split in there)
+    request, data = subject.request, subject.config.data
+    is_labelled = bool(request.few_labels) or any(PROTOCOLS[name].needs_labels for name in request.protocols)
+    sources = (data.source if is_labelled else None, data.eval, data.test if request.split == "test" else None)
+    return 2 * sum(load_source(source).num_samples for source in sources if source is not None)

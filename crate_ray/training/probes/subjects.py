@@ -17,7 +17,7 @@ from crate_ray.runs import RunFolder, is_finished
 from crate_ray.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 from crate_ray.training.ema import EMA_FILE, weights_file
 from crate_ray.training.precision import choose_device
-from crate_ray.training.probes.splits import OtherData, Split, SplitName, split_source
+from crate_ray.training.probes.splits import OtherData, Split
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Subject:
     @cached_property
     def data_digest(self) -> str:
         """Of the shards that are fitted, chosen and judged on."""
-        splits: tuple[SplitName, ...] = ("train", "validation", "test")
-        urls = {"train": True, "validation": self.config.data.eval, "test": self.request.split == "test"}
-        return digest({split: load_source(split_source(self.config, split)).digest for split in splits if urls[split]})
+        data = self.config.data
+        sources = {"train": data.source, "validation": data.eval, "test": data.test if self.request.split == "test" else None}
+        return digest({split: load_source(source).digest for split, source in sources.items() if source is not None})
 
     def build(self, *, trained: bool) -> MaskedAutoencoder | Classifier:
         """The model with the checkpoint's weights, or its control, on its device."""
