@@ -42,6 +42,7 @@ class Backlog:
         self._stream = stream
         self._tail = RecordTail(folder, stream=stream)
         self._queue: deque[Record] = deque()
+        self._was_read = False
         self._passed = 0  # records before the queue, sent now or earlier
         self._skip = 0  # records at the beginning that an earlier process has sent
         self._last: dict[str, Any] | None = None
@@ -56,7 +57,7 @@ class Backlog:
     @property
     def has_more(self) -> bool:
         """Whether the folder may hold records that were not read yet."""
-        return self._tail.has_more
+        return self._tail.has_more or not self._was_read
 
     @property
     def is_behind(self) -> bool:
@@ -66,6 +67,7 @@ class Backlog:
     def poll(self) -> list[Record]:
         """Reads about a megabyte on, and further through what an earlier process has sent; gives what was read."""
         found = list[Record]()
+        self._was_read = True
         while True:
             records = [self._without_repeats(record) for record in self._tail.poll(CHUNK_BYTES)]
             self._queue.extend(records)

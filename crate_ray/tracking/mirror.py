@@ -109,7 +109,7 @@ class Mirror:
         replays = list(self._replays.values())
         sent = self._retired_sent + sum(replay.sent for replay in replays)
         error = self._server_error or next(iter(self._run_errors.values()), None)
-        if error is None and self._thread.is_alive():
+        if error is None and (self._thread.is_alive() or any(replay.is_behind for replay in replays)):
             error = f"MLflow did not take everything within {timeout_s:g} s"
         return MirrorSummary(sent, sum(replay.pending for replay in replays), error)
 
@@ -134,11 +134,11 @@ class Mirror:
             if time.monotonic() >= self._retry_at:
                 self._push()
         self._admit()
-        is_first = True
-        while is_first or self._is_catching_up():
+        self._poll()
+        self._push()
+        while self._is_catching_up():
             self._poll()
             self._push()
-            is_first = False
 
     def _pass_seconds(self) -> float:
         return _PASS_SECONDS if all(replay.folder.is_local for replay in self._replays.values()) else _REMOTE_PASS_SECONDS

@@ -72,6 +72,7 @@ class RunReplay:
         self._next_beat = 0.0
         self._status: Status | None = None
         self._described: Description | None = None
+        self._is_incomplete = False  # a folder with files missing that say what the run is
         self._mirrored: tuple[str, int] | None = None  # (state, attempt) that MLflow shows
         self._has_parent = False
         self._stored: dict[str, str] = {}  # file: digest of the content that MLflow has
@@ -102,8 +103,8 @@ class RunReplay:
 
     @property
     def is_behind(self) -> bool:
-        """Whether records wait, in memory or in the folder, as far as it was read."""
-        return self._backlog.is_behind
+        """Whether records wait that can be sent, in memory or in the folder, as far as it was read."""
+        return self._backlog.is_behind and not self._is_incomplete
 
     @property
     def is_complete(self) -> bool:
@@ -123,6 +124,7 @@ class RunReplay:
         """Reads what is new, a piece at a time. The status first: of a run that had ended then, the last piece is the end."""
         if self._described is None:
             self._described = describe(self.folder)
+        self._is_incomplete = self._described is None
         self._status = read_status(self.folder)
         self._content.see(self._backlog.poll())
         self._content.poll()

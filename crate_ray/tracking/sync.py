@@ -61,11 +61,9 @@ def replay_folder(folder: RunFolder, session: Session, experiment: str) -> SyncR
     """
     replay = RunReplay(folder)
     try:
-        is_first = True
-        while is_first or replay.is_behind:
+        while replay.is_behind:
             replay.poll()
             replay.push(session)
-            is_first = False
     except Exception as error:  # noqa: BLE001 - one run that cannot be sent must not keep the others from it
         return SyncResult(folder.name, experiment, replay.run_id, replay.sent, one_line(error))
     error_text = None if replay.run_id else f"no run_meta.json with a config.yaml in {folder.uri}: not a run folder"

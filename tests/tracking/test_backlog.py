@@ -95,6 +95,17 @@ def test_a_mirror_far_behind_sends_everything_of_all_runs(
     assert steps_of(client, experiment) == [list(range(600))] * 3
 
 
+def test_a_mirror_that_is_closed_too_soon_says_so(uri: str, make_run: Any, experiment: str, small_pieces: None) -> None:
+    folder = make_run()
+    write(folder, range(600))
+    mirror = Mirror(uri, experiment, max_points=100)
+    mirror.follow(folder)
+    summary = mirror.close(timeout_s=0)
+    assert "did not take everything" in (summary.error or "")
+    (result,) = sync([folder], uri, experiment)
+    assert summary.sent + result.sent >= 600
+
+
 def test_a_run_that_the_server_fails_over_does_not_keep_the_others_from_being_sent(
     uri: str, client: Any, make_run: Any, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,7 +175,9 @@ def test_non_finite_values_odd_keys_and_records_larger_than_a_batch_arrive(
 def test_a_folder_that_is_no_run_is_named_and_the_others_are_sent(
     uri: str, experiment: str, make_run: Any, tmp_path: Path
 ) -> None:
-    stray, sent = sync([make_run(), RunFolder(str(tmp_path / "stray"))], uri, experiment)
+    folder = RunFolder(str(tmp_path / "stray"))
+    write(folder, range(3))
+    stray, sent = sync([make_run(), folder], uri, experiment)
     assert "not a run folder" in (stray.error or "")
     assert sent.error is None
 
