@@ -235,6 +235,7 @@ def test_answers_of_a_pair_that_stands_on_several_axes_are_looked_at_once() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # 25 s of CPU
 def test_under_the_null_a_winner_is_named_no_more_often_than_stated() -> None:
     """8 sizes against two baselines, 3 axes: the chance that any verdict names a winner is to be at most 5%."""
     draws = 250
