@@ -7,14 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crate_ray.config import ConfigError
-from crate_ray.tracking import CURVES, EFFICIENCY, initialise, serve, write_views
+from crate_ray.tracking import CURVES, EFFICIENCY, initialise, serve, view_links, write_views
 from crate_ray.tracking.server import free_port
 
 
@@ -37,7 +39,7 @@ def test_an_experiment_is_made_once_with_both_views_and_its_artifacts_beside_the
     axes = [(chart["xaxis"]["key"], chart["yaxis"]["key"]) for chart in charts if chart["type"] == "SCATTER"]
     assert axes[:2] == [("final/encoder_params_m", "final/probe_top1"), ("final/gflops", "final/probe_top1")]
     sections = {section["uuid"] for section in before[1]["compareRunSections"]}
-    assert {chart["metricSectionId"] for chart in charts} == sections
+    assert {chart["metricSectionId"] for chart in charts} <= sections
     assert "train/loss" in [chart["metricKey"] for chart in view_of(client, experiment_id, CURVES)[1]["compareRunCharts"]]
     location = Path(client.get_experiment(experiment_id).artifact_location.removeprefix("file://"))
     assert location.parent == Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
@@ -120,3 +122,35 @@ def test_a_server_answers_takes_runs_and_leaves_no_process_behind(uri: str, expe
     assert not server.is_healthy()
     with pytest.raises(ProcessLookupError):
         os.killpg(server.pid, 0)
+
+
+def test_the_pages_of_a_server_of_another_version_get_no_views_and_links_to_the_bare_charts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mlflow import MlflowClient
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"4.1.0")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with caplog.at_level(logging.WARNING, logger="crate_ray"):
+            for _ in range(2):
+                assert write_views(MlflowClient(address), "0") == []
+        server.shutdown()
+    assert ["4.1.0" in record.message for record in caplog.records] == [True]
+    assert view_links(address, address, "7") == {
+        "Runs": f"{address}/#/experiments/7/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    }
+    assert set(view_links("http://host:1", "http://host:1", "7")) == {
+        "Parameter efficiency",
+        "By configuration",
+        "Training curves",
+        "White box",
+    }
