@@ -157,7 +157,7 @@ def efficiency_state() -> State:
                 "parallel-space",
                 "PARALLEL",
                 space,
-                selectedParams=["model", "depth", "width", "mask_ratio", "lr"],
+                selectedParams=["depth", "model", "width", "mask_ratio", "lr"],
                 selectedMetrics=[_ENCODER, _PROBE],
                 showAllRuns=False,
             ),
