@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from crate_ray.config import RunConfig, fingerprint
+from crate_ray.config import RunConfig, digest, fingerprint
 from crate_ray.models.cost import count_parameters
 from crate_ray.runs import Lease, RecordWriter, RunFolder, open_run, system_stream
 from crate_ray.training.final import write_result
@@ -95,7 +95,7 @@ def _config(root: Path, shape: Shape, seed: int) -> RunConfig:
 def _datasets() -> list[dict[str, Any]]:
     splits = {"train": 1200, "eval": 300, "test": 297}
     return [
-        {"split": split, "url": f"/data/digits/{split}", "digest": f"{images:064x}", "images": images, "classes": 10}
+        {"split": split, "url": f"/data/digits/{split}", "digest": digest(split), "images": images, "classes": 10}
         for split, images in splits.items()
     ]
 
