@@ -33,6 +33,20 @@ def submit(autoscaler: Autoscaling, start_driver: Callable[..., Any]) -> Callabl
     return lambda *words: start_driver(*words, environment=autoscaler.environment)
 
 
+def test_a_group_whose_machines_do_not_join_is_replaced_by_another(
+    autoscaler: Autoscaling, submit: Callable[..., Any], overrides: list[str], tmp_path: Path
+) -> None:
+    # First in this file: the autoscaler avoids a group for ten minutes after a machine of it did not join.
+    submitted = time.monotonic()
+    driver = submit("train", "digits_crate_mae", *arguments(overrides, "scale.cpus_per_worker=4", "train.steps=40"))
+    wait_for(lambda: "1 x stuck on their way" in driver.output(), "word of the wait", 120)
+    assert driver.wait(150) == 0, driver.output()
+    ended_after = time.monotonic() - submitted
+    print(f"\nfallback: the run on the other group ended {ended_after:.1f} s after the command ({JOIN_S} s to join)")
+    assert trained(tmp_path / "out")
+    assert autoscaler.nodes() == {"spare": 1}
+
+
 def test_a_node_that_never_comes_is_reported_with_what_was_asked_for(
     submit: Callable[..., Any], overrides: list[str], tmp_path: Path
 ) -> None:
@@ -50,16 +64,3 @@ def test_a_node_that_never_comes_is_reported_with_what_was_asked_for(
     assert "sold_out could not be started (monitor.log on the head says why)" in str(status.reason)
     gave_up_after = time.monotonic() - started
     print(f"\na node that never comes: said {said_after:.1f} s after the command, given up after {gave_up_after:.1f} s")
-
-
-def test_a_group_whose_machines_do_not_join_is_replaced_by_another(
-    autoscaler: Autoscaling, submit: Callable[..., Any], overrides: list[str], tmp_path: Path
-) -> None:
-    submitted = time.monotonic()
-    driver = submit("train", "digits_crate_mae", *arguments(overrides, "scale.cpus_per_worker=4", "train.steps=40"))
-    wait_for(lambda: "1 x stuck on their way" in driver.output(), "word of the wait", 120)
-    assert driver.wait(150) == 0, driver.output()
-    ended_after = time.monotonic() - submitted
-    print(f"\nfallback: the run on the other group ended {ended_after:.1f} s after the command ({JOIN_S} s to join)")
-    assert trained(tmp_path / "out")
-    assert autoscaler.nodes() == {"spare": 1}
