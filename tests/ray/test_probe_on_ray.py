@@ -91,7 +91,7 @@ def test_the_verb_judges_with_tasks_and_says_what_it_refuses(drive: Callable[...
     printed = judged.output()
     report = json.loads(printed[printed.index("{") :])["runs"][folder.name]
     assert report["protocols"] == {"label-free": 1}
-    assert folder.read_json("probe_validation.json") == report
+    assert folder.read_json("probe_validation.json") == {"schema_version": 1, **report}
     refused = drive("probe", folder.uri, "--step", "9", "--workers", "2")
     assert refused.wait(60) == 2
     assert "has no checkpoint of step 9; it has 2" in refused.output()
