@@ -3,8 +3,8 @@
 In: the counters of the system, every `tracking.system_every_s` seconds, by a thread of one worker a node. Out: records of a
 stream of their own, system/rank<N>.jsonl, under the names that MLflow's page of system metrics draws; those of other nodes
 than rank 0's are called by the lowest rank there, `system/node_4/...`. Their step is the age of the run in seconds: it never
-falls, through restarts too. Measured where the work is, so a driver on another machine sees it. The trade-off: counters are the whole node's, of which
-other programs may use a part; GPUs are only those that the worker may use.
+falls, through restarts too. Measured where the work is, so that nothing depends on where the driver is. The trade-off: counters
+are the whole node's, of which other programs may use a part; GPUs are only those that the worker may use.
 """
 
 import logging
