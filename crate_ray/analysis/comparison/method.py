@@ -15,8 +15,8 @@ _OVER_SEEDS = (
     "would have found."
 )
 _OVER_IMAGES = (
-    "95% bootstrap over source images, never over rows, with the trained models held fixed. They cover which images are "
-    "judged, and nothing of the luck of training."
+    "95% over source images, never over rows, with the trained models held fixed: a bootstrap for one run, a clustered t "
+    "interval for a difference. They cover which images are judged, and nothing of the luck of training."
 )
 _HYPOTHESES = (
     "declared from sizes, costs and the choices of the screening, never from what is tested. Equal are: encoder parameters "
