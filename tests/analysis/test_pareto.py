@@ -58,6 +58,6 @@ def test_one_objective_is_refused():
 
 def test_a_front_of_two_objectives_does_not_grow_with_the_square():
     candidates = [Candidate({"knn_top1": i % 977 / 977, "gflops": float(i)}) for i in range(20_000)]
-    started = time.perf_counter()
+    started = time.process_time()
     front(candidates, ["knn_top1", "gflops"])
-    assert time.perf_counter() - started < 3  # 20 000 squared comparisons would take far longer
+    assert time.process_time() - started < 3  # 20 000 squared comparisons would take far longer
