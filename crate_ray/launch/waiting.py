@@ -57,7 +57,7 @@ class NodeWatch:
             self._next_word, self._trouble = FIRST_WORD_S, ""
             return None
         waited = now - min(self._seen.values())
-        return self._judge(waiting, waited) if waited >= FIRST_WORD_S else None
+        return self._judge(mine, waited) if waited >= FIRST_WORD_S else None
 
     def _fewest(self) -> list[Group]:
         """What an elastic run without a group waits for: room for its fewest workers."""
@@ -66,16 +66,18 @@ class NodeWatch:
             return []
         return [Group("fewest", (need,) * least, is_placed=False)]
 
-    def _judge(self, waiting: list[Group], waited: float) -> str | None:
+    def _judge(self, mine: list[Group], waited: float) -> str | None:
         have, doing = capacity(self._scale), growth()
+        waiting = [group for group in mine if not group.is_placed]
+        is_taken = fits_now(mine, have)
         trouble = trouble_in_words(doing, waiting)
         if waited >= self._next_word or trouble != self._trouble:
             self._next_word, self._trouble = max(60.0, 2 * self._next_word), trouble
-            log.warning("waiting for %.0f s for room for %s", waited, situation(waiting, have, doing))
+            log.warning("waiting for %.0f s for room for %s", waited, situation(waiting, have, doing, is_taken=is_taken))
         patience = math.inf if self._waits_for_ever else node_wait_s(self._scale, have)
         if self._idle_since is None or time.monotonic() - self._idle_since < patience:
             return None
-        asked = situation(waiting, have, doing)
+        asked = situation(waiting, have, doing, is_taken=is_taken)
         return f"no room came within {patience:.0f} s for {asked}; the same command goes on once it is there"
 
 
@@ -84,15 +86,31 @@ def _computes(group: Group) -> bool:
     return any(bundle.get(key) for bundle in group.bundles for key in _COMPUTING)
 
 
-def situation(waiting: list[Group], have: Capacity, doing: Growth) -> str:
+def fits_now(mine: list[Group], have: Capacity) -> bool:
+    """Whether the live nodes hold all of these groups, so that what keeps one waiting is not of this job's groups.
+
+    Args:
+        mine: All groups of this job, placed or not.
+        have: What the cluster has.
+    """
+    needs = (({key: amount for key, amount in bundle if amount}, count) for bundle, count in _bundles(mine).items())
+    return all(not need or have.workers(need) >= count for need, count in needs)
+
+
+def _bundles(of: list[Group]) -> Counter[tuple[tuple[str, float], ...]]:
+    return Counter(tuple(sorted(bundle.items())) for group in of for bundle in group.bundles)
+
+
+def situation(waiting: list[Group], have: Capacity, doing: Growth, *, is_taken: bool = False) -> str:
     """What is asked for, what is there, and what the autoscaler does about it.
 
     Args:
         waiting: What there is no room for.
         have: What the cluster has.
         doing: What its autoscaler does.
+        is_taken: Whether the nodes hold it, and other work is on them: tasks that time the runs of a sweep, or another job.
     """
-    bundles = Counter(tuple(sorted(bundle.items())) for group in waiting for bundle in group.bundles)
+    bundles = _bundles(waiting)
     asked = ", ".join(f"{count} x {amounts_in_words(dict(bundle))}" for bundle, count in bundles.items())
     need = {key: 1.0 for bundle in bundles for key, _ in bundle}
     parts = [f"{asked}: {have.described(need)}"]
@@ -101,6 +119,8 @@ def situation(waiting: list[Group], have: Capacity, doing: Growth) -> str:
         parts.append(f"{', '.join(f'{count} x {name}' for name, count in doing.coming.items())} on their way{since}")
     if trouble := trouble_in_words(doing, waiting):
         parts.append(trouble)
+    elif is_taken:
+        parts.append("other work holds them for now, such as the timing of a forecast or another job")
     elif not doing.coming:
         parts.append("no node is on its way")
     return "; ".join(parts)

@@ -79,6 +79,21 @@ def test_the_wait_is_told_with_what_was_asked_for_what_is_there_and_what_comes()
     )
 
 
+def test_room_that_other_work_holds_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Group("a", ({"CPU": 1.0},), is_placed=False)
+    clock = Clock(monkeypatch, Capacity(({"CPU": 2.0},)))
+    clock.groups = [one, Group("b", ({"CPU": 1.0},), is_placed=True)]
+    clock.pass_by(NodeWatch(ScaleConfig()), 30)  # a task that times a run has the other CPU
+    start = "waiting for 15 s for room for 1 x 1 CPU: the cluster's nodes have 2 CPU; "
+    assert caplog.messages == [start + "other work holds them for now, such as the timing of a forecast or another job"]
+    caplog.clear()
+    clock.groups.append(Group("c", ({"CPU": 1.0},), is_placed=True))  # the job's own trials have both
+    clock.pass_by(NodeWatch(ScaleConfig()), 30)
+    assert caplog.messages == [start + "no node is on its way"]
+
+
 class Clock:
     """A cluster whose time is set."""
 
