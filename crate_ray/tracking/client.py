@@ -11,7 +11,6 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
 
 from crate_ray import storage
 from crate_ray.config import ConfigError
@@ -21,6 +20,11 @@ if TYPE_CHECKING:
 
 LOCAL_UI = "http://127.0.0.1:5000"
 _SQLITE = "sqlite:///"
+# As SQLAlchemy and requests read a URL, past the scheme; and `user:pa/ss@host` in the place of a server, which is none.
+_DATABASE_USER = re.compile(r"^[^:/@]*(:[^@]*)?@")
+_WEB_USER = re.compile(r"^([^/?#]*|[^/:@]*:(?!\d+([/?#]|$))[^@]*)@")
+_PASSWORD = re.compile(r"(?<=://)[^\s'\"/:@]*:[^\s'\"@]*@")
+_SECRET = re.compile(r"\b(\w*(?:password|passwd|secret|token))=[^\s&;'\"]+", re.IGNORECASE)
 _REMOTE = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -55,7 +59,7 @@ def absolute_uri(uri: str) -> str:
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in _REMOTE or (scheme != "databricks" and "://" not in uri):
         raise ConfigError(
-            f"tracking.uri = '{uri}' is not a tracking store; valid: sqlite:///PATH/mlflow.db, "
+            f"tracking.uri = '{public_uri(uri)}' is not a tracking store; valid: sqlite:///PATH/mlflow.db, "
             "http(s)://HOST:PORT, or the URL of a PostgreSQL or MySQL database"
         )
     return uri.rstrip("/")
@@ -67,11 +71,17 @@ def database_path(uri: str) -> Path | None:
 
 
 def public_uri(uri: str) -> str:
-    """The URI without user and password, for logs and files."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
+    """The URI without user, password and query, for logs and files; what a database takes for a password may hold a slash."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or uri.startswith(_SQLITE):
         return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    user = _WEB_USER if scheme in ("http", "https") else _DATABASE_USER
+    return f"{scheme}://{re.split('[?&#]', user.sub('', rest, count=1), maxsplit=1)[0]}"
+
+
+def hide_secrets(text: str) -> str:
+    """A text, such as a command or a configuration, without the passwords of the URIs in it."""
+    return _SECRET.sub(r"\1=...", _PASSWORD.sub("", text))
 
 
 def web_url(uri: str) -> str:
@@ -106,7 +116,7 @@ def open_client(uri: str, *, timeout_s: float = 5) -> "MlflowClient":
 
 def one_line(error: BaseException) -> str:
     """An exception as one line, without passwords; of a long one both ends, since MLflow puts the cause last."""
-    text = re.sub(r"//[^/\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
+    text = re.sub(r"//[^/\s]*@", "//", hide_secrets(" ".join(str(error).split()))) or type(error).__name__
     return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
 
 

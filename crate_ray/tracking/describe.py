@@ -13,7 +13,7 @@ from crate_ray.config import ConfigError, RunConfig
 from crate_ray.runs import RunFolder, user_name
 from crate_ray.runs.rows import configuration_of
 from crate_ray.runs.settings import settings_of
-from crate_ray.tracking.client import public_uri
+from crate_ray.tracking.client import hide_secrets, public_uri
 from crate_ray.tracking.limits import valid_params, valid_tags
 
 RUN_UID_TAG = "crate_ray.run_uid"
@@ -139,7 +139,7 @@ def _tags(meta: Mapping[str, Any], config: RunConfig | None) -> dict[str, str]:
         "seed": config.train.seed if config else None,
         "mlflow.runColor": FAMILY_COLOURS.get(str(family), _OTHER_COLOUR),
         "mlflow.user": meta.get("user") or user_name(),
-        "mlflow.source.name": meta.get("command"),
+        "mlflow.source.name": hide_secrets(meta.get("command") or ""),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": meta.get("git_commit"),
         "crate_ray.git_dirty": None if meta.get("git_dirty") is None else str(meta["git_dirty"]).lower(),

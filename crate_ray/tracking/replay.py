@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from crate_ray import storage
 from crate_ray.runs import RunFolder, Status, read_status
 from crate_ray.tracking.backlog import Backlog
-from crate_ray.tracking.client import one_line, public_uri
+from crate_ray.tracking.client import hide_secrets, one_line, public_uri
 from crate_ray.tracking.content import RunContent
 from crate_ray.tracking.describe import HEARTBEAT_TAG, PARENT_TAG, RUN_UID_TAG, Description, describe, to_ms
 from crate_ray.tracking.limits import MAX_TAG, log_params, log_points, log_tags, point, valid_text
@@ -282,7 +282,7 @@ class RunReplay:
         """Uploads each small file once for each content. A store without room for files is no reason to hold up numbers."""
         try:
             for name, target in _artifacts(self.folder):
-                content = storage.read_bytes(self.folder.path(name))
+                content = _read_public(self.folder.path(name))
                 found = hashlib.sha256(content).hexdigest()
                 if self._stored.get(name) != found:
                     _upload(session.client, self._run_id, name, content, target)
@@ -327,6 +327,12 @@ def _artifacts(folder: RunFolder) -> list[tuple[str, str | None]]:
     pictures = [name for name in storage.list_dir(folder.path("pictures")) if name.endswith(_PICTURE_TYPES)]
     files += [(f"pictures/{name}", "pictures") for name in pictures[-MAX_PICTURES:]]
     return [(name, target) for name, target in files if _is_small(folder.path(name))]
+
+
+def _read_public(uri: str) -> bytes:
+    """A file as others may see it: a configuration names the tracking store, perhaps with its password."""
+    content = storage.read_bytes(uri)
+    return hide_secrets(content.decode()).encode() if uri.partition("?")[0].endswith(".yaml") else content
 
 
 def _is_small(uri: str) -> bool:

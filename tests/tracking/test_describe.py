@@ -8,7 +8,7 @@ import pytest
 from crate_ray.config import PRESETS, ConfigError, ModelConfig, RunConfig
 from crate_ray.runs.settings import dataset_name, model_name
 from crate_ray.tracking import default_uri, view_url
-from crate_ray.tracking.client import absolute_uri, public_uri
+from crate_ray.tracking.client import absolute_uri, hide_secrets, one_line, public_uri
 from crate_ray.tracking.describe import MAX_NAME, params_of, run_name
 from crate_ray.tracking.limits import valid_key
 
@@ -82,6 +82,21 @@ def test_what_is_no_tracking_store_is_refused(uri: str) -> None:
 def test_a_password_is_not_shown() -> None:
     assert public_uri("postgresql://me:secret@host:5432/db") == "postgresql://host:5432/db"
     assert public_uri("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"
+    assert public_uri("http://host:5000/a@b") == "http://host:5000/a@b"
+    for password in ("pa/ss", "pa#ss", "pa?ss"):  # as SQLAlchemy takes them
+        assert public_uri(f"postgresql://me:{password}@host/db") == "postgresql://host/db"
+        assert one_line(OSError(f"no postgresql://me:{password}@host/db here")) == "no postgresql://host/db here"
+    assert public_uri("postgresql://host/db?user=me&password=secret") == "postgresql://host/db"
+    with pytest.raises(ConfigError, match="postgres://host/db") as refused:
+        absolute_uri("postgres://me:secret@host/db")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_password_in_a_command_is_not_mirrored_and_a_container_is_no_password() -> None:
+    command = (
+        "crate-ray train tiny --set tracking.uri=postgresql://me:secret@host/db --set storage.path=abfs://runs@account/out"
+    )
+    assert hide_secrets(command) == command.replace("me:secret@", "")
 
 
 def test_a_link_to_a_view_needs_no_click() -> None:

@@ -106,3 +106,16 @@ def test_a_file_that_cannot_be_stored_is_tried_again_and_holds_up_nothing(
         assert [result.error for result in sync([folder], uri, experiment)] == [None]
     sync([folder], uri, experiment)
     assert stored(client, experiment, tmp_path / "scratch") == {"pictures/layers.png": b"picture"}
+
+
+def test_a_password_in_a_configuration_stays_in_the_folder(
+    uri: str, client: Any, experiment: str, make_run: Any, tmp_path: Path
+) -> None:
+    folder = finished(make_run)
+    mine = storage.read_bytes(folder.path("config.yaml")) + b"# mirrored to postgresql://me:secret@host/db\n"
+    storage.write_atomic(folder.path("config.yaml"), mine)
+    assert [result.error for result in sync([folder], uri, experiment)] == [None]
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    theirs = Path(client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))).read_bytes()
+    assert theirs == mine.replace(b"me:secret@", b"")
+    assert storage.read_bytes(folder.path("config.yaml")) == mine
