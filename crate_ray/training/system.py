@@ -37,15 +37,21 @@ def watch_system(folder: RunFolder, context: WorkerContext, *, every_s: float | 
         context: This worker.
         every_s: Seconds between two samples; None for none at all.
     """
-    probes = [] if every_s is None or context.local_rank != 0 else _open_probes()
-    if every_s is None or not probes:
-        yield
-        return
-    watch = _SystemWatch(folder, context, probes, every_s)
+    watch = None if every_s is None or context.local_rank != 0 else _start(folder, context, every_s)
     try:
         yield
     finally:
-        watch.close()
+        if watch is not None:
+            watch.close()
+
+
+def _start(folder: RunFolder, context: WorkerContext, every_s: float) -> "_SystemWatch | None":
+    try:
+        probes = _open_probes()
+        return _SystemWatch(folder, context, probes, every_s) if probes else None
+    except Exception as error:  # noqa: BLE001 - the boundary: a sandbox that hides its counters ends no run
+        log.warning("no system metrics: %s: %s", type(error).__name__, error)
+        return None
 
 
 class _SystemWatch:

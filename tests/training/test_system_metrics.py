@@ -101,6 +101,20 @@ def test_a_counter_that_fails_ends_the_samples_with_a_warning_and_nothing_else(
     assert ["ZeroDivisionError" in record.message for record in caplog.records] == [True]
 
 
+def test_a_sandbox_that_hides_its_counters_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise PermissionError("/proc/net/dev")
+
+    monkeypatch.setattr(psutil, "net_io_counters", refuse)
+    folder = run_folder(tmp_path)
+    with caplog.at_level(logging.WARNING), system.watch_system(folder, Worker(0, 0), every_s=0.01):
+        pass
+    assert caplog.messages == ["no system metrics: PermissionError: /proc/net/dev"]
+    assert system_streams(folder) == []
+
+
 @pytest.mark.parametrize(("stated", "names"), [("2,0", ["2", "0"]), ("GPU-1f,", ["GPU-1f"]), ("-1", []), ("", [])])
 def test_only_the_devices_that_the_worker_may_use_are_asked(
     stated: str, names: list[str], monkeypatch: pytest.MonkeyPatch
