@@ -13,6 +13,7 @@ from crate_ray.analysis.comparison.fronts import curves_of, ratios_of, total_rat
 from crate_ray.analysis.comparison.gates import (
     findings_of,
     is_loss,
+    is_quality,
     largest_comparable,
 )
 from crate_ray.analysis.comparison.hypotheses import choices_of, declare, judge
@@ -54,7 +55,8 @@ def compare(
         commands: That produced the comparison.
 
     Raises:
-        ConfigError: No rows, no finished run, one family alone, or a metric that no run measured, or only as NaN.
+        ConfigError: No rows, no finished run, one family alone, a metric that no run measured, or only as NaN, or one that is
+            neither accuracy nor loss.
     """
     _check(rows, name, metric)
     sorted_rows = sort_rows(_with_budgets(rows), metric)
@@ -107,6 +109,9 @@ def _check(rows: Sequence[RunRow], name: str, metric: str) -> None:
         raise ConfigError(
             f"no finished run of '{name}' has {metric}; measured were: {', '.join(known) or 'no final values'}.{fix}"
         )
+    if not is_quality(metric):
+        comparable = ", ".join(filter(is_quality, known))
+        raise ConfigError(f"{metric} says of no family that it is better; of '{name}' compare one of: {comparable or 'none'}")
 
 
 def _check_compared(configurations: Sequence[Configuration], found: Sorted, name: str, metric: str) -> None:

@@ -42,6 +42,11 @@ def is_loss(metric: str) -> bool:
     return "loss" in metric
 
 
+def is_quality(metric: str) -> bool:
+    """Whether a metric may rank one family against the other: accuracies and losses, no cost and nothing label-free."""
+    return "top1" in metric or is_loss(metric)
+
+
 def refusals(first: Configuration, second: Configuration, metric: str, axis: str) -> list[str]:
     """Why no verdict may be given between two configurations on an axis, whatever they measured; the gravest first."""
     a, b = parts_of(first, metric), parts_of(second, metric)

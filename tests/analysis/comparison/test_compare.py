@@ -287,6 +287,11 @@ def test_a_thousand_runs_are_compared_in_under_three_seconds() -> None:
             ["no finished run of 'made' has finetune_top1", "measured were: alpha_req, cls_top1", "crate-ray probe"],
         ),
         (
+            [synthetic_row(), synthetic_row("mae")],
+            {"metric": "rankme"},
+            ["rankme says of no family that it is better", "compare one of: cls_top1, control_top1, eval_loss"],
+        ),
+        (
             [synthetic_row(value=math.nan), synthetic_row("mae", value=math.nan)],
             {},
             ["no run of 'made' can be compared by probe_top1: probe_top1 is NaN"],
