@@ -158,6 +158,15 @@ def test_nothing_is_extrapolated(crate: list[SizePoint], mae: list[SizePoint], s
     assert ratio.why_not in ratio.sentence
 
 
+def test_a_ratio_of_fewer_shared_seeds_than_it_takes_is_withheld() -> None:
+    crate = [SizePoint(label, x, dict.fromkeys(range(5), value)) for label, x, value in (("a", 1, 0.7), ("b", 4, 0.9))]
+    mae = [SizePoint("c", 4, dict.fromkeys(range(3, 8), 0.8))]
+    ratio = ratio_at_equal(crate, mae, axis="params", baseline="mae", least_pairs=5)
+    assert ratio.ratio is None
+    assert ratio.why_not == "the configurations around an equal result share fewer than 5 seeds"
+    assert ratio_at_equal(crate, mae, axis="params", baseline="mae", least_pairs=2).ratio is not None
+
+
 def test_seeds_that_both_do_not_have_take_no_part() -> None:
     crate = [SizePoint("a", 1, {0: 0.7, 1: 0.71, 7: 0.7}), SizePoint("b", 4, {0: 0.9, 1: 0.91, 7: 0.9})]
     mae = [SizePoint("c", 4, {0: 0.8, 1: 0.812, 9: 0.806})]

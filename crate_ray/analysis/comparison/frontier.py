@@ -129,6 +129,7 @@ def ratio_at_equal(
     noun: str | None = None,
     spell: Callable[[float], str] = "{:.1%} probe accuracy".format,
     is_larger_better: bool = True,
+    least_pairs: int = 2,
 ) -> Ratio:
     """What `first` needs of an axis over what `second` needs, where both reach the same metric.
 
@@ -153,6 +154,7 @@ def ratio_at_equal(
         noun: What it calls that which is counted; None for the axis's own, NOUNS.
         spell: The metric in words: "90.1% probe accuracy".
         is_larger_better: Of the metric.
+        least_pairs: Seeds that an anchor and both its neighbours on the other front must share.
 
     Returns:
         `ratio` with `why_not` None, or `ratio` None with the reason.
@@ -162,10 +164,10 @@ def ratio_at_equal(
     """
     counted = noun or NOUNS[axis]
     fronts = [pareto_front(points, is_larger_better=is_larger_better) for points in (first, second)]
-    found = list(_crossings(fronts[0], fronts[1], is_larger_better=is_larger_better))
+    found = list(_crossings(fronts[0], fronts[1], is_larger_better=is_larger_better, least_pairs=least_pairs))
     chosen = next((crossing for crossing in found if crossing.has_size_beyond), found[0] if found else None)
     if chosen is None:
-        why_not = _why_not(fronts, names, spell, is_larger_better=is_larger_better)
+        why_not = _why_not(fronts, names, spell, is_larger_better=is_larger_better, least_pairs=least_pairs)
         return Ratio(axis, baseline, None, None, why_not, f"No ratio of {counted} at equal results: {why_not}.")
     ratio, at = chosen.ratio, spell(chosen.metric_value)
     text = f"{names[0]} needs {_times(ratio)} of the {counted} of {names[1]} at {at}"
@@ -181,12 +183,14 @@ class _Crossing:
     has_size_beyond: bool
 
 
-def _crossings(first: Sequence[SizePoint], second: Sequence[SizePoint], *, is_larger_better: bool) -> Iterator[_Crossing]:
+def _crossings(
+    first: Sequence[SizePoint], second: Sequence[SizePoint], *, is_larger_better: bool, least_pairs: int
+) -> Iterator[_Crossing]:
     """Every anchor that the other front reaches, the best mean first."""
     sign = 1 if is_larger_better else -1
     anchors = [(point, second, False) for point in first] + [(point, first, True) for point in second]
     for anchor, front, is_direct in sorted(anchors, key=lambda item: -sign * item[0].mean):
-        place = _place_of(anchor, front)
+        place = _place_of(anchor, front, least_pairs)
         if place is not None:
             ratio = Estimate(*(end / anchor.x for end in place))
             has_size_beyond = sign * front[-2].mean >= sign * anchor.mean
@@ -197,11 +201,11 @@ def _inverse(ratio: Estimate) -> Estimate:
     return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low > 0 else math.inf)
 
 
-def _place_of(anchor: SizePoint, front: Sequence[SizePoint]) -> Estimate | None:
+def _place_of(anchor: SizePoint, front: Sequence[SizePoint], least_pairs: int) -> Estimate | None:
     """The place at which the front reaches the anchor's mean, with its interval; None where it does not, or without pairs."""
     best, lows, highs = None, [], []
     for below, above in pairwise(front):
-        shares = _allowed_shares(anchor, below, above)
+        shares = _allowed_shares(anchor, below, above, least_pairs)
         if above.x == below.x or shares is None:
             continue
         share = (anchor.mean - below.mean) / (above.mean - below.mean)
@@ -226,15 +230,15 @@ def _along_power(below: SizePoint, above: SizePoint, share: float) -> float:
     return float(((1 - share) * below.x**-STEEPEST + share * above.x**-STEEPEST) ** (-1 / STEEPEST))
 
 
-def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint) -> list[float] | None:
+def _allowed_shares(anchor: SizePoint, below: SizePoint, above: SizePoint, least_pairs: int) -> list[float] | None:
     """Ends of the shares of the way between two neighbours at which a paired t test finds their line equal to the anchor.
 
     With d_s(t) = (1 - t) below_s + t above_s - anchor_s over n seeds, the test accepts where n mean(d)^2 <= q^2 var(d), a
-    quadratic inequality in t (Fieller). Empty where it accepts none; None with fewer than two seeds that all three have.
+    quadratic inequality in t (Fieller). Empty where it accepts none; None with fewer seeds that all three have.
     """
     seeds = sorted(anchor.by_seed.keys() & below.by_seed.keys() & above.by_seed.keys())
     n = len(seeds)
-    if n < 2:
+    if n < least_pairs:
         return None
     lower, upper, own = (np.array([point.by_seed[seed] for seed in seeds]) for point in (below, above, anchor))
     gap, rise = lower - own, upper - lower
@@ -264,7 +268,12 @@ def _open_end(ratio: Estimate) -> str:
 
 
 def _why_not(
-    fronts: Sequence[Sequence[SizePoint]], names: tuple[str, str], spell: Callable[[float], str], *, is_larger_better: bool
+    fronts: Sequence[Sequence[SizePoint]],
+    names: tuple[str, str],
+    spell: Callable[[float], str],
+    *,
+    is_larger_better: bool,
+    least_pairs: int,
 ) -> str:
     """No anchor is reached by the other front."""
     for name, front in zip(names, fronts, strict=True):
@@ -280,4 +289,4 @@ def _why_not(
             )
     if len(fronts[0]) < 2 and len(fronts[1]) < 2:
         return "each has one size on its front, and it needs two of one of them"
-    return "the configurations around an equal result share fewer than 2 seeds"
+    return f"the configurations around an equal result share fewer than {least_pairs} seeds"

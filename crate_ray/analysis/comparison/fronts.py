@@ -92,6 +92,7 @@ def ratios_of(
                     noun=noun,
                     spell=lambda value: f"{measure.with_unit(value)} {measure.label}",
                     is_larger_better=larger,
+                    least_pairs=LEAST_SEEDS,
                 )
             )
     return tuple(found)
@@ -100,9 +101,14 @@ def ratios_of(
 def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:
     """Those with as many images seen, on the axis of parameters; on the axis of time those of one kind of hardware."""
     if axis == "params":
-        groups = [[other for other in items if is_within(images_of(item), images_of(other), IMAGES_WITHIN)] for item in items]
+        images = [images_of(item) for item in items]
+        groups = [
+            [item for item, own in zip(items, images, strict=True) if is_within(at, own, IMAGES_WITHIN)]
+            for at in dict.fromkeys(images)
+        ]
     elif axis == "time":
-        groups = [[other for other in items if hardware_of(item) == hardware_of(other)] for item in items]
+        hardware = [hardware_of(item) for item in items]
+        groups = [[item for item, own in zip(items, hardware, strict=True) if own == at] for at in dict.fromkeys(hardware)]
     else:
         return list(items)
     return max(groups, key=lambda group: (len({item.family for item in group}), len(group)), default=[])
