@@ -15,6 +15,7 @@ from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, flags, is_within, refusals
 from crate_ray.analysis.comparison.noise import Answers, Pairs, image_noise
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference
+from crate_ray.analysis.comparison.wording import sentence
 from crate_ray.analysis.objectives import Measure, count_text
 from crate_ray.analysis.statistics import PairedTest, holm, paired_t_test
 from crate_ray.runs.rows import Estimate
@@ -87,12 +88,12 @@ def choices_of(configurations: Sequence[Configuration]) -> list[Configuration]:
 def _nearest(first: Configuration, others: Sequence[Configuration], metric: str, axis: Axis) -> Hypothesis | None:
     x = first.positions[axis]
     near = [item for item in others if is_within(x, item.positions[axis], WITHIN)]
-    made = [Hypothesis(axis, first, item, tuple(refusals(first, item, metric, axis))) for item in near]
-    return min(
-        made,
-        key=lambda item: (len(item.refusals) > 0, _distance(x, item.second.positions[axis]), item.second.label),
-        default=None,
-    )
+    near.sort(key=lambda item: (_distance(x, item.positions[axis]), item.label))
+    made = (Hypothesis(axis, first, item, tuple(refusals(first, item, metric, axis))) for item in near)
+    nearest = next(made, None)
+    if nearest is None or not nearest.refusals:
+        return nearest
+    return next((item for item in made if not item.refusals), nearest)
 
 
 def _distance(a: float | None, b: float | None) -> float:
@@ -180,9 +181,9 @@ def _verdict(item: Difference, measure: Measure, *, larger: bool) -> str:
         better, worse = (a, b) if is_first else (b, a)
         margin = item.interval if item.interval.value > 0 else Estimate(*(-item.interval[i] for i in (0, 2, 1)))
         numbers = _interval_text(margin, measure).removeprefix("+")
-        return f"{capital(at)}, {better} is better than {worse} by {numbers}, {_p_text(item.p_holm)} after Holm,{tail}."
+        return f"{sentence(at)}, {better} is better than {worse} by {numbers}, {_p_text(item.p_holm)} after Holm,{tail}."
     corrected = ", once all comparisons made are allowed for" if not item.interval.low <= 0 <= item.interval.high else ""
-    return f"{capital(at)}, {a} and {b} are not distinguishable{corrected}: {_interval_text(item.interval, measure)}{tail}."
+    return f"{sentence(at)}, {a} and {b} are not distinguishable{corrected}: {_interval_text(item.interval, measure)}{tail}."
 
 
 def _costs(item: Difference) -> list[str]:
@@ -217,8 +218,3 @@ def _interval_text(interval: Estimate | None, measure: Measure) -> str:
 
 def _p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-
-
-def capital(text: str) -> str:
-    """As at the beginning of a sentence."""
-    return text[:1].upper() + text[1:]

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, is_loss, names_text, without_gain
-from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, capital, is_distinguished
+from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
-from crate_ray.analysis.comparison.wording import has_interval, parameters_text
+from crate_ray.analysis.comparison.wording import has_interval, parameters_text, sentence
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 
 _NAMED = 6
@@ -42,7 +42,7 @@ def _summary(differences: Sequence[Difference], names: Mapping[str, str], *, lar
         own = [item for item in differences if (item.first.model, item.second.model) == (first, second)]
         judged = [item for item in own if item.why_no_verdict is None]
         if len(own) == 1:
-            parts.append(own[0].verdict.removeprefix(f"{capital(at_words(own[0]))}, ").removesuffix("."))
+            parts.append(own[0].verdict.removeprefix(f"{sentence(at_words(own[0]))}, ").removesuffix("."))
             continue
         if not judged:
             reasons = list(dict.fromkeys(item.why_no_verdict for item in own))
@@ -54,7 +54,7 @@ def _summary(differences: Sequence[Difference], names: Mapping[str, str], *, lar
         told = ", ".join(f"{words} in {number}" for words, number in counts.items() if number)
         unjudged = f", no verdict in {len(own) - len(judged)}" if len(own) > len(judged) else ""
         parts.append(f"{names[first]} against {names[second]} is {told}{unjudged} of {count_text(len(own), 'pair')}")
-    return f"{capital(at_words(differences[0]))}: {'; '.join(parts)}."
+    return f"{sentence(at_words(differences[0]))}: {'; '.join(parts)}."
 
 
 def _is_first_better(item: Difference, *, larger: bool) -> bool:
