@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from crate_ray import storage
 from crate_ray.analysis.comparison.result import Configuration, LayerCurve
+from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder, read_records
 from crate_ray.runs.rows import RunRow
 
@@ -37,9 +39,11 @@ ReadLayers = Callable[[RunRow], LayerMeasures | None]
 def read_layers(row: RunRow) -> LayerMeasures | None:
     """Reads the white-box measures of a run's records; None where it has none, or its folder is out of reach."""
     try:
-        records = [(record.step, found) for record in read_records(RunFolder(row.uri)) if (found := _by_layer(record.values))]
-    except OSError:
+        with storage.retry_deadline(0):
+            read = read_records(RunFolder(row.uri))
+    except (OSError, ConfigError):
         return None
+    records = [(record.step, found) for record in read if (found := _by_layer(record.values))]
     if not records or records[-1][0] == 0:
         return None
     first_step, first = records[0]
