@@ -17,6 +17,7 @@ from crate_ray import storage
 from crate_ray.config import digest
 from crate_ray.runs import Record, RecordTail, RunFolder, Status, system_streams
 from crate_ray.runs.settings import dataset_name
+from crate_ray.tracking.backlog import CHUNK_BYTES
 from crate_ray.tracking.client import one_line
 from crate_ray.tracking.describe import Description, to_ms
 from crate_ray.tracking.layers import LayerCurves
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DIGEST_CHARS = 32  # MLflow takes 36
 _RECORDS_A_REQUEST = 32
+_SYSTEM = "system metrics"
 _CONTEXTS = {"eval": "evaluation", "test": "test"}
 # The word of a server that does not know the request, not that of one in trouble.
 _REFUSALS = {
@@ -53,6 +55,7 @@ class RunContent:
         self._tails: dict[str, RecordTail] = {}
         self._queue: deque[tuple[str, Record]] = deque()
         self._passed: dict[str, int] = {}  # records of each stream that MLflow has
+        self._skip: dict[str, int] = {}  # records at the beginning of each that a former replay has sent
         self._inputs: str | None = None  # digest of the data sets that MLflow has
         self._datasets: list[dict[str, Any]] | None = None
         self._model = LoggedRunModel(folder)
@@ -65,18 +68,47 @@ class RunContent:
         """Records read and not sent."""
         return len(self._queue)
 
+    @property
+    def points(self) -> int:
+        """Values in memory."""
+        return sum(len(record.values) for _, record in self._queue)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the folder may hold system metrics that were not read yet."""
+        return _SYSTEM not in self._refused and any(tail.has_more for tail in self._tails.values())
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether system metrics wait that the store takes, in memory or, as far as was seen, in the folder."""
+        return _SYSTEM not in self._refused and (bool(self._queue) or self.has_more)
+
     def see(self, records: Sequence[Record]) -> None:
         """Takes note of the run's own records: a model's metrics must be the very points of its run."""
         self._model.see(records)
         self._layers.see(records)
 
     def poll(self) -> None:
-        """Reads what is new of each node, once what was read before is sent."""
+        """Reads about a megabyte of each node on, once what was read before is sent."""
         if self._queue:
             return
         for stream in system_streams(self._folder):
             tail = self._tails.setdefault(stream, RecordTail(self._folder, stream=stream))
-            self._queue.extend((stream, record) for record in tail.poll())
+            while True:
+                self._take(stream, tail.poll(CHUNK_BYTES))
+                if not tail.has_more:
+                    self._skip.pop(stream, None)
+                    break
+                if self._passed.get(stream, 0) >= self._skip.get(stream, 0):
+                    break
+
+    def _take(self, stream: str, records: Sequence[Record]) -> None:
+        """Queues records, but for those at the beginning that a former replay has sent."""
+        passed = self._passed.get(stream, 0)
+        sent = min(max(self._skip.get(stream, 0) - passed, 0), len(records))
+        if sent:
+            self._passed[stream] = passed + sent
+        self._queue.extend((stream, record) for record in records[sent:])
 
     def marker(self) -> dict[str, Any]:
         """What was sent, as JSON."""
@@ -89,17 +121,24 @@ class RunContent:
             return
         self._inputs, self._curves = marker.get("inputs"), marker.get("layers")
         self._model.restore(marker.get("model"))
-        counts = {stream: int(count) for stream, count in (marker.get("system") or {}).items()}
-        seen: dict[str, int] = {}
-        kept: deque[tuple[str, Record]] = deque()
-        for stream, record in self._queue:
-            seen[stream] = seen.get(stream, 0) + 1
-            if seen[stream] > counts.get(stream, 0):
-                kept.append((stream, record))
-        self._passed = {stream: min(count, counts.get(stream, 0)) for stream, count in seen.items()}
-        self._queue = kept
+        self._skip = {stream: int(count) for stream, count in (marker.get("system") or {}).items()}
+        read, self._queue = self._queue, deque()
+        for stream, record in read:
+            self._take(stream, [record])
+        self._skip = {stream: count for stream, count in self._skip.items() if self._reads_on(stream)}
 
-    def send(self, client: "MlflowClient", run_id: str, described: Description, status: Status | None) -> None:
+    def _reads_on(self, stream: str) -> bool:
+        return stream in self._tails and self._tails[stream].has_more
+
+    def send(
+        self,
+        client: "MlflowClient",
+        run_id: str,
+        described: Description,
+        status: Status | None,
+        *,
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Sends what was polled, the data sets once, and of a run that has ended its model and its layers.
 
         Args:
@@ -107,12 +146,15 @@ class RunContent:
             run_id: The MLflow run.
             described: Of the run.
             status: The run's, once all its records are sent; before that None.
+            expired: Whether system metrics that are left are to wait for the next time, and what comes after them.
 
         Raises:
             mlflow.exceptions.MlflowException: The store does not answer.
         """
         self._try("data sets", lambda: self._send_inputs(client, run_id, described))
-        self._try("system metrics", lambda: self._send_system(client, run_id))
+        self._try(_SYSTEM, lambda: self._send_system(client, run_id, expired))
+        if self.is_behind:
+            return
         if status is not None and status.state != "RUNNING":
             datasets = {entry["split"]: entry for entry in self._read_datasets()}
             self._try("the model", lambda: self._model.send(client, run_id, described, datasets))
@@ -159,7 +201,7 @@ class RunContent:
             log_points(client, run_id, points)
             self._curves = found
 
-    def _send_system(self, client: "MlflowClient", run_id: str) -> None:
+    def _send_system(self, client: "MlflowClient", run_id: str, expired: Callable[[], bool]) -> None:
         while self._queue:
             batch = [self._queue[i] for i in range(min(_RECORDS_A_REQUEST, len(self._queue)))]
             points = [point(key, value, to_ms(r.time), r.step) for _, r in batch for key, value in r.values.items()]
@@ -167,6 +209,8 @@ class RunContent:
             for stream, _ in batch:
                 self._queue.popleft()
                 self._passed[stream] = self._passed.get(stream, 0) + 1
+            if expired():
+                return
 
 
 def dataset_input(entry: Mapping[str, Any], trained: str) -> "DatasetInput":

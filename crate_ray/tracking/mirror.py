@@ -199,7 +199,7 @@ class Mirror:
             else:
                 if replay.run_id is not None:
                     self._run_errors.pop(uri, None)
-                if self._released.get(uri) and replay.run_id is not None and not replay.pending:
+                if self._released.get(uri) and replay.run_id is not None and not replay.is_behind:
                     self._retire(uri, replay.run_id)
         if self._server_error is not None and self._session is not None:
             logger.info("MLflow at %s answers again", public_uri(self._uri))

@@ -89,22 +89,22 @@ class RunReplay:
     @property
     def pending(self) -> int:
         """Records read from the folder and not sent."""
-        return len(self._backlog)
+        return len(self._backlog) + self._content.pending
 
     @property
     def pending_points(self) -> int:
         """Values in memory."""
-        return self._backlog.points
+        return self._backlog.points + self._content.points
 
     @property
     def has_more(self) -> bool:
         """Whether the folder may hold records that were not read yet."""
-        return self._backlog.has_more
+        return self._backlog.has_more or self._content.has_more
 
     @property
     def is_behind(self) -> bool:
         """Whether records wait that can be sent, in memory or in the folder, as far as it was read."""
-        return self._backlog.is_behind and not self._is_incomplete
+        return (self._backlog.is_behind or self._content.is_behind) and not self._is_incomplete
 
     @property
     def is_complete(self) -> bool:
@@ -145,7 +145,8 @@ class RunReplay:
             self._backlog.push(session.client, self._run_id, expired=expired)
             if self._backlog:
                 return
-            self._content.send(session.client, self._run_id, self._described, None if self.is_behind else self._status)
+            status = None if self._backlog.is_behind else self._status
+            self._content.send(session.client, self._run_id, self._described, status, expired=expired)
             if self._status is not None and not self.is_behind:
                 self._mirror_status(session, self._status)
         finally:

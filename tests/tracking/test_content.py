@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from crate_ray.runs import Lease, RecordWriter, RunFolder, system_stream
-from crate_ray.tracking import sync
+from crate_ray.tracking import content, sync
 from crate_ray.tracking.describe import describe
 from crate_ray.tracking.logged_model import find_model, newest_checkpoint
 
@@ -65,10 +65,11 @@ def test_data_sets_are_inputs_with_digest_source_and_context_once(
     assert len(client.search_runs([only_run(client, experiment).info.experiment_id], "dataset.name = 'digits/train'")) == 1
 
 
-@pytest.mark.parametrize("marker", ["kept", "lost"])
+@pytest.mark.parametrize(("marker", "chunk_bytes"), [("kept", 2**20), ("lost", 2**20), ("kept", 900), ("lost", 900)])
 def test_what_the_nodes_do_arrives_under_mlflows_own_names_once(
-    marker: str, uri: str, client: Any, experiment: str, make_run: Any
+    marker: str, chunk_bytes: int, uri: str, client: Any, experiment: str, make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(content, "CHUNK_BYTES", chunk_bytes)
     folder = make_run()
     Lease.take(folder)
     keys = {0: "system/cpu_utilization_percentage", 4: "system/node_4/cpu_utilization_percentage"}
