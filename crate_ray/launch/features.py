@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from crate_ray.launch.cluster import capacity, connect
-from crate_ray.launch.indexing import map_on_cluster
+from crate_ray.launch.indexing import map_on_cluster, result_of
 from crate_ray.runs import RunFolder
 from crate_ray.training.probes import CLUSTER_FROM, ProbeRequest, Split, find_subject, num_images
 
@@ -35,7 +35,7 @@ def probe_on_cluster(folders: list[RunFolder], *, split: Split) -> "Interval":
     connect()
     pixels = _judge_pixels.remote(folders[0].uri, split)
     probe_runs(folders, ProbeRequest(split))
-    interval: Interval = ray.get(pixels)
+    interval: Interval = _result(pixels)
     return interval
 
 
@@ -70,12 +70,11 @@ def probe_runs(folders: Sequence[RunFolder], request: ProbeRequest, *, workers: 
             ray.cancel(task)
 
 
-def _result(task: Any) -> dict[str, Any]:
+def _result(task: Any) -> Any:
     try:
-        report: dict[str, Any] = ray.get(task)
+        return result_of(task, _FIX)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return report
 
 
 @ray.remote(num_cpus=1, max_retries=1)

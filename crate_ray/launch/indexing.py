@@ -50,13 +50,22 @@ def map_on_cluster(
             if not running:
                 return
             (done, *_), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), _result(done, fix)
+            yield running.pop(done), result_of(done, fix)
     finally:
         for reference in running:
             ray.cancel(reference)
 
 
-def _result(done: ray.ObjectRef[Any], fix: str) -> Any:
+def result_of(done: ray.ObjectRef[Any], fix: str) -> Any:
+    """What a task returned, waited for.
+
+    Args:
+        done: The task.
+        fix: What to do where its process died on every attempt.
+
+    Raises:
+        ConfigError: Its process died on every attempt.
+    """
     try:
         return ray.get(done)
     except (WorkerCrashedError, OutOfMemoryError) as error:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from crate_ray.config import ConfigError
-from crate_ray.tracking.client import absolute_uri, database_path, public_uri
+from crate_ray.tracking.client import absolute_uri, database_path, hide_secrets, public_uri
 
 _STOP_SECONDS = 5.0
 _EVERY_ADDRESS = ("0.0.0.0", "::")
@@ -78,9 +78,9 @@ class Server:
         return self._process.poll() is not None
 
     def log_tail(self, num_lines: int = 8) -> str:
-        """The last lines that the server wrote."""
+        """The last lines that the server wrote, without passwords."""
         self._log.seek(0)
-        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-num_lines:])
+        return hide_secrets("\n".join(self._log.read().decode(errors="replace").splitlines()[-num_lines:]))
 
 
 def serve(
