@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from crate_ray.analysis.comparison.canvas import INK, MUTED, PAPER, Page, legend, model_style, short, title
-from crate_ray.analysis.comparison.hypotheses import AT, is_distinguished
+from crate_ray.analysis.comparison.hypotheses import at_words, is_distinguished
 from crate_ray.analysis.comparison.result import Comparison, Difference, LayerCurve, Sensitivity
 from crate_ray.analysis.comparison.wording import (
     FAMILY_NAMES,
@@ -59,9 +59,9 @@ def plot_differences(comparison: Comparison, page: Page) -> "Figure":
     axes.set_ylim(num_lines - 0.4, -0.3)
     axes.axvline(0, color=MUTED, linewidth=0.9, zorder=1)
     place = 0.0
-    for axis, items in groups.items():
+    for items in groups.values():
         heading: dict[str, Any] = {"fontsize": page.font_pt - 0.5, "fontweight": "bold", "va": "center"}
-        axes.text(0, place, sentence(AT[axis]), transform=axes.get_yaxis_transform(), **heading)
+        axes.text(0, place, sentence(at_words(items[0])), transform=axes.get_yaxis_transform(), **heading)
         place += _HEADING_LINES
         for item in items:
             _draw_difference(axes, place, item, measure, is_larger_better=comparison.is_larger_better)

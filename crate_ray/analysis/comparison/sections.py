@@ -19,7 +19,7 @@ from crate_ray.analysis.comparison.document import (
     Table,
 )
 from crate_ray.analysis.comparison.figures import DIFFERENCES, LAYERS, MAIN, SENSITIVITY
-from crate_ray.analysis.comparison.hypotheses import AT, is_distinguished
+from crate_ray.analysis.comparison.hypotheses import AT, at_words, is_distinguished
 from crate_ray.analysis.comparison.method import method
 from crate_ray.analysis.comparison.result import AXES, Comparison, Configuration, Curve, Difference, LayerCurve
 from crate_ray.analysis.comparison.scatter import COSTS
@@ -46,7 +46,7 @@ from crate_ray.analysis.comparison.wording import (
     source_interval,
     with_interval,
 )
-from crate_ray.analysis.objectives import Measure, amount_text, value_text
+from crate_ray.analysis.objectives import Measure, amount_text, count_text, value_text
 
 _SHOWN_WARNINGS = 6
 _FOLD_FROM = 8  # names in a list
@@ -92,7 +92,8 @@ def _verdicts(comparison: Comparison) -> dict[str, str]:
     has_time = any(item.positions.get("time") is not None for item in comparison.configurations)
     if not has_time and "crate-ray time" not in texts["time"]:
         texts["time"] = f"{texts['time']} {NO_TIME}"
-    return {(name := sentence(AT.get(axis, axis))): _without(name, text) for axis, text in texts.items()}
+    words: dict[str, str] = {**AT, **{item.axis: at_words(item) for item in reversed(comparison.differences)}}
+    return {(name := sentence(words.get(axis, axis))): _without(name, text) for axis, text in texts.items()}
 
 
 def _without(name: str, text: str) -> str:
@@ -207,7 +208,7 @@ def _differences_table(comparison: Comparison, axis: str) -> Table:
     lines = tuple(
         _difference_cells(item, measure, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped) for item in own
     )
-    caption = f"{sentence(AT[axis])}: every pair that was declared, in that order."
+    caption = f"{sentence(at_words(own[0]))}: every pair that was declared, in that order."
     return Table(caption, header, lines, frozenset({0, *range(6, len(header))}))
 
 
@@ -367,16 +368,14 @@ def _findings(comparison: Comparison) -> tuple[Block, ...]:
     if not by_reason:
         return (*blocks, Paragraph("No run was excluded."))
     blocks.append(Paragraph(f"Excluded, {len(comparison.excluded)} of {len(comparison.rows)} runs read:"))
-    few = tuple((f"{_counted(names)}:", f"{_ended(why)} ({', '.join(names)})")
+    few = tuple((f"{count_text(len(names), 'run')}:", f"{_ended(why)} ({', '.join(names)})")
                 for why, names in by_reason.items() if len(names) < _FOLD_FROM)  # fmt: skip
     many = (
-        Folded(f"{_counted(names)}: {why}", ", ".join(names)) for why, names in by_reason.items() if len(names) >= _FOLD_FROM
+        Folded(f"{count_text(len(names), 'run')}: {why}", ", ".join(names))
+        for why, names in by_reason.items()
+        if len(names) >= _FOLD_FROM
     )
     return (*blocks, *([Bullets(few)] if few else []), *many)
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} run" + ("s" if len(names) > 1 else "")
 
 
 def _ended(text: str) -> str:
