@@ -224,7 +224,7 @@ def _configuration(group: Sequence[RunRow], missing: Mapping[int, str], metric: 
         positions={},
         params_total=row.params_total,
         is_confirmed=all(item.stage != "screen" for item in group),
-        tuning_trials=next((item.tuning_trials for item in group if item.tuning_trials is not None), None),
+        tuning_trials=max((item.tuning_trials for item in group if item.tuning_trials is not None), default=None),
         gain=_gain(group, controls, metric),
     )
     return replace(unlabelled, positions=_positions(unlabelled))

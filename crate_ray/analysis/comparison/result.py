@@ -48,7 +48,7 @@ class Configuration:
         positions: Where it stands on each axis, mean over its seeds: encoder parameters, training PFLOPs, exclusive hours.
         params_total: Trainable parameters of the whole model.
         is_confirmed: Whether it was retrained with seeds that chose nothing.
-        tuning_trials: Of its arm.
+        tuning_trials: Of its arm; the most, where several sweeps confirmed it.
         gain: The metric minus that of the untrained control of the same seed: over seeds, or a single seed's over source
             images; None where that was not measured.
     """
