@@ -75,7 +75,7 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
         metric: Name in RunRow.values.
     """
     unique = list({row.run_uid: row for row in sorted(rows, key=_order)}.values())
-    names = _unique_names(unique)
+    names = unique_names(unique)
     confirmed_sweeps = {row.sweep for row in unique if row.stage == "confirm"}
     reasons: dict[str, str] = {}
     kept = unique
@@ -103,7 +103,7 @@ def _order(row: RunRow) -> tuple[str, str, int, str, str]:
     return row.family, row.configuration, row.seed, row.run_uid, row.judged_split or ""
 
 
-def _unique_names(rows: Sequence[RunRow]) -> dict[str, str]:
+def unique_names(rows: Sequence[RunRow]) -> dict[str, str]:
     """The name of each run, or where it lies, where two are called alike."""
     counts = Counter(row.name for row in rows)
     return {row.run_uid: row.name if counts[row.name] == 1 else f"{row.uri} ({row.run_uid[:8]})" for row in rows}

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crate_ray.analysis.comparison.configurations import unique_names
 from crate_ray.analysis.comparison.result import Comparison, Configuration
 from crate_ray.config import SCHEMA_VERSION
 from crate_ray.runs.records import encode_number
@@ -69,7 +70,9 @@ def to_table(comparison: Comparison) -> pa.Table:
     columns = {name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in _COLUMNS.items()}
     columns["is_included"] = pa.array([row.run_uid in label_of for row in rows], _FLAG)
     columns["configuration_label"] = pa.array([label_of.get(row.run_uid) for row in rows], _TEXT)
-    columns["excluded"] = pa.array([comparison.excluded.get(row.name) for row in rows], _TEXT)
+    names = unique_names(rows)
+    why_not = [None if row.run_uid in label_of else comparison.excluded.get(names[row.run_uid]) for row in rows]
+    columns["excluded"] = pa.array(why_not, _TEXT)
     for name in _MAPPINGS:
         parts = [_flat(getattr(row, name)) for row in rows]
         columns |= {f"{name}.{key}": _column([part.get(key) for part in parts]) for key in _keys(parts)}
