@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from crate_ray.config import ConfigError
 from crate_ray.runs import RunFolder, close_stale, read_status
-from crate_ray.tracking.client import absolute_uri, database_path, explain, open_client, public_uri
+from crate_ray.tracking.client import absolute_uri, database_path, explain, one_line, open_client, public_uri
 from crate_ray.tracking.describe import FOLDER_TAG, HEARTBEAT_TAG, RUN_UID_TAG, to_ms
 from crate_ray.tracking.replay import BEAT_SECONDS, Session
 from crate_ray.tracking.sync import SyncResult, replay_folder
@@ -71,7 +71,14 @@ def _open(uri: str, timeout_s: float) -> "MlflowClient":
 
 def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
     """The names of the experiments to look through, by their ids."""
-    names = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+    names: dict[str, str] = {}
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=_PAGE, page_token=token)
+        names |= {experiment.experiment_id: experiment.name for experiment in page}
+        token = page.token
+        if not token:
+            break
     if name is not None and name not in names.values():
         raise ConfigError(f"--experiment '{name}' is not in the store; there are: {', '.join(sorted(names.values()))}")
     return {key: found for key, found in names.items() if name in (None, found)}
@@ -95,7 +102,10 @@ def _close(session: Session, experiment: str, run: Any) -> SyncResult | None:
     """Closes one run by its folder, or without one by its heartbeat; None where its driver lives."""
     folder = _folder_of(run)
     if folder is not None:
-        close_stale(folder)
+        try:
+            close_stale(folder)
+        except OSError as error:  # it may be read from here and not written; the others are closed all the same
+            return SyncResult(str(run.info.run_name), experiment, str(run.info.run_id), 0, one_line(error))
         status = read_status(folder)
         if status is not None and status.state == "RUNNING":
             return None

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Protocol
 
 from crate_ray import storage
@@ -269,6 +268,8 @@ class _Run:
                 reason = self._confirm()
         self._clear()
         rows = self._write_results()
+        if not self.is_stopping.is_set():
+            _settle(self.folder, rows)
         state, reason = self._end_state(rows, reason)
         return SweepOutcome(
             self.folder,
@@ -449,14 +450,19 @@ def _forget_unplanned(folder: RunFolder, rows: Sequence[TrialRow]) -> list[Trial
 
 
 def _settle(folder: RunFolder, rows: Sequence[TrialRow]) -> None:
-    """Ends the status of runs that nobody goes on with and whose process died before it could: of trials that are over."""
-    over = [RunFolder(folder.path("trials", row.id)) for row in rows if row.is_over]
+    """Ends the status of runs whose process died before it could: of trials that are over, or failed for this session."""
+    ended = [row for row in rows if row.is_over or row.state == "FAILED"]
     with ThreadPoolExecutor(_READERS) as pool:
-        for run in chain.from_iterable(pool.map(runs_of, over)):
+        runs_by_row = pool.map(runs_of, (RunFolder(folder.path("trials", row.id)) for row in ended))
+        for row, run in ((row, run) for row, runs in zip(ended, runs_by_row, strict=True) for run in runs):
             status = read_status(run)
             if status is not None and status.state == "RUNNING":
-                reason = "its trial is over; its process died before it wrote a checkpoint"
-                write_status(run, replace(status, state="KILLED", ended=status.heartbeat, reason=reason))
+                has_failed = row.state == "FAILED" and row.reason is not None
+                reason = row.reason if has_failed else "its trial is over; its process died before it wrote a checkpoint"
+                write_status(
+                    run,
+                    replace(status, state="FAILED" if has_failed else "KILLED", ended=status.heartbeat, reason=reason),
+                )
 
 
 def _notes(sweep: SweepConfig, spent: dict[str, float]) -> list[str]:

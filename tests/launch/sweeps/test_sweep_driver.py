@@ -86,10 +86,11 @@ def test_runs_of_trials_that_are_over_are_settled_with_their_clones_and_rungs(dr
     rows = [
         TrialRow(id="mae-1", arm="mae", seed=0, state="STOPPED"),
         TrialRow(id="mae-2", arm="mae", seed=0, state="KILLED"),
+        TrialRow(id="mae-3", arm="mae", seed=0, state="FAILED", reason="its process died again and again"),
     ]
     running = Status("RUNNING", attempt=2, started=1.0, heartbeat=7.0)
     runs = {name: RunFolder(driver.folder.path("trials", *name.split("/"))) for name in ("mae-1/gen_01", "mae-1/rung_00000020")}
-    runs |= {name: RunFolder(driver.folder.path("trials", name)) for name in ("mae-1", "mae-2")}
+    runs |= {name: RunFolder(driver.folder.path("trials", name)) for name in ("mae-1", "mae-2", "mae-3")}
     for run in runs.values():
         write_status(run, running)
     write_status(runs["mae-1/rung_00000020"], Status("FINISHED", 1, 1.0, 5.0, ended=5.0))
@@ -100,7 +101,11 @@ def test_runs_of_trials_that_are_over_are_settled_with_their_clones_and_rungs(dr
         "mae-1/gen_01": ("KILLED", 7.0),
         "mae-1/rung_00000020": ("FINISHED", 5.0),
         "mae-2": ("RUNNING", None),
+        "mae-3": ("FAILED", 7.0),
     }
+    failed = read_status(runs["mae-3"])
+    assert failed is not None
+    assert failed.reason == "its process died again and again"
 
 
 def test_a_sweep_that_its_caller_refuses_leaves_the_sweep_yaml_that_was_there(driver: _Run) -> None:
