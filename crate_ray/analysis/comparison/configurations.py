@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
-from crate_ray.analysis.comparison.gates import compare_digest, hardware_of, is_loss
+from crate_ray.analysis.comparison.gates import compare_digest, hardware_of, is_loss, judged_data_of
 from crate_ray.analysis.comparison.result import Axis, Configuration
 from crate_ray.analysis.comparison.wording import model_name
 from crate_ray.analysis.objectives import value_text
@@ -85,6 +85,7 @@ def sort_rows(rows: Sequence[RunRow], metric: str) -> Sorted:
         partial(_without_number, metric=metric),
         partial(_unlucky, metric=metric),
         partial(_judged_otherwise, metric=metric),
+        partial(_judged_on_others, metric=metric),
         partial(_twice, names=names),
     ):
         found = sieve(kept)
@@ -151,7 +152,13 @@ def _unlucky(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
 def _judge_of(rows: Sequence[RunRow], metric: str) -> Judge:
     """How most of the rows were judged; test before validation and the newer protocol, where as many."""
     counts = Counter(row.judge_of(metric) for row in rows)
-    return max(counts, key=lambda judge: (counts[judge], judge[0] == "test", judge[1] or ""), default=(None, None))
+    return max(counts, key=lambda judge: (counts[judge], judge[0] == "test", _version(judge[1])), default=(None, None))
+
+
+def _version(protocol: str | None) -> tuple[int, str]:
+    """Number and name of a protocol, "house/10", by which the newer one is the larger."""
+    name, _, number = (protocol or "").rpartition("/")
+    return (int(number) if number.isdecimal() else -1), name
 
 
 def _judged_otherwise(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
@@ -164,6 +171,28 @@ def _judged_otherwise(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
         elif protocol != judge[1]:
             found[row.run_uid] = f"judged by protocol {protocol}, and the comparison by {judge[1]}"
     return found
+
+
+def _judged_on_others(rows: Sequence[RunRow], metric: str) -> dict[str, str]:
+    """Runs judged on other shards than most seeds of their configuration, or than most of all runs where it has no majority."""
+    groups: dict[tuple[str, str], list[RunRow]] = {}
+    for row in rows:
+        if row.judge_of(metric)[0] is not None:
+            groups.setdefault((row.configuration, compare_digest(row)), []).append(row)
+    overall = Counter(judged_data_of(row, metric) for group in groups.values() for row in group)
+    found = {}
+    for group in groups.values():
+        counts = Counter(judged_data_of(row, metric) for row in group)
+        most = max(counts, key=lambda data: (counts[data], overall[data], data or ""))
+        for row in group:
+            if (own := judged_data_of(row, metric)) != most:
+                words = f"judged on shards {_shards(own)}, and most seeds of its configuration on {_shards(most)}"
+                found[row.run_uid] = words
+    return found
+
+
+def _shards(data: str | None) -> str:
+    return "that were not recorded" if data is None else data[:8]
 
 
 def _twice(rows: Sequence[RunRow], names: Mapping[str, str]) -> dict[str, str]:

@@ -32,9 +32,14 @@ def parts_of(item: Configuration, metric: str) -> dict[str, Any]:
     """What two configurations must share: the compare parts, how they were judged and, of a loss, its question."""
     row = item.rows[0]
     split, protocol = row.judge_of(metric)
-    data = {"judged_data": row.judged_data.get(row.data_of(metric))} if split is not None else {}
+    data = {"judged_data": judged_data_of(row, metric)} if split is not None else {}
     target = {f"loss_target.{key}": value for key, value in row.loss_target.items()} if is_loss(metric) else {}
     return {**row.compare, "judged_split": split, "protocol": protocol, **data, **target}
+
+
+def judged_data_of(row: RunRow, metric: str) -> str | None:
+    """Digest of the shards that a metric was judged on; None where it was not recorded."""
+    return row.judged_data.get(row.data_of(metric))
 
 
 def is_loss(metric: str) -> bool:

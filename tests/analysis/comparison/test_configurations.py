@@ -187,3 +187,20 @@ def test_numbers_on_other_shards_have_their_own_control_gain_and_data() -> None:
     other = compare([row("crate_mae", "a"), row("mae", "b")], name="made", metric=metric)
     assert [finding.key for finding in other.findings if finding.severity == "refused"] == ["judged_data"]
     assert not [f for f in compare([row("crate_mae", "a"), row("mae", "b")], name="made").findings if f.severity == "refused"]
+
+
+def test_seeds_that_were_judged_on_other_shards_than_most_are_excluded() -> None:
+    metric = "cifar10_probe_top1"
+    rows = [
+        synthetic_row(model, seed=seed, values={metric: 0.7}, judged_data={"cifar10": data})
+        for model, versions in (("crate_mae", "aaaab"), ("mae", "aaaaa"))
+        for seed, data in enumerate(versions)
+    ]
+    found = sort_rows(rows, metric)
+    assert list(found.excluded.values()) == ["judged on shards b, and most seeds of its configuration on a"]
+    assert [item.seeds for item in found.configurations] == [(0, 1, 2, 3), (0, 1, 2, 3, 4)]
+
+
+def test_of_as_many_runs_by_two_protocols_those_of_the_newer_one_are_compared() -> None:
+    rows = [synthetic_row(seed=seed, probe_protocol=protocol) for seed, protocol in enumerate((9, 9, 10, 10))]
+    assert sort_rows(rows, METRIC).configurations[0].seeds == (2, 3)
