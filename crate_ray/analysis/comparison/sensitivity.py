@@ -98,10 +98,11 @@ def _best(rows: Sequence[RunRow], measure: str) -> Estimate:
 def correlations(rows: Sequence[RunRow]) -> Mapping[str, Mapping[str, float]]:
     """Spearman's rank correlation of what needs no labels, and of kNN and loss, with the probe, family by family.
 
-    Over complete runs that were judged alike. A measure that ranks runs as the probe does may steer a sweep; across families
-    none of these is compared. A loss is left out where the runs' losses ask different questions.
+    Over complete trained runs that were judged alike; a control is none. A measure that ranks runs as the probe does may steer
+    a sweep; across families none of these is compared. A loss is left out where the runs' losses ask different questions.
     """
-    alike = _one_protocol([row for row in rows if row.is_complete and math.isfinite(row.values.get(_REFERENCE, math.nan))])
+    trained = [row for row in rows if row.is_complete and row.kind != "control"]
+    alike = _one_protocol([row for row in trained if math.isfinite(row.values.get(_REFERENCE, math.nan))])
     found: dict[str, dict[str, float]] = {}
     for family in sorted({row.family for row in alike}):
         own = [row for row in alike if row.family == family]

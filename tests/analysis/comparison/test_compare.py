@@ -228,6 +228,13 @@ def test_label_free_measures_correlate_with_the_probe_family_by_family(whole: Co
         assert whole.correlations[family]["eval_loss"] == pytest.approx(-1)
 
 
+def test_controls_are_in_no_correlation() -> None:
+    rows = synthetic_rows(LAWS, widths=(64, 128))
+    controls = [synthetic_row("mae", seed=seed, kind="control", value=0.1 * seed, width=32) for seed in range(5)]
+    controls = [replace(row, values={**row.values, "rankme": -row.values["probe_top1"]}) for row in controls]
+    assert compare([*rows, *controls], name="made").correlations == compare(rows, name="made").correlations
+
+
 def test_raw_pixels_stand_beside_the_probe_and_no_other_metric(whole: Comparison) -> None:
     assert whole.raw_pixels == 0.35
     assert compare(synthetic_rows(LAWS, widths=(128,)), name="made", metric="knn_top1").raw_pixels is None
