@@ -89,7 +89,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     most 1 (Holm 1979).
 
     Args:
-        p_values: Of one family of hypotheses, declared beforehand. One that could not be tested counts as 1.
+        p_values: Of all that were tested, chosen before any outcome was looked at. What was refused beforehand, whatever it
+            would have measured, is no member of the family; one given up after a look at its outcome counts as 1.
 
     Returns:
         Corrected p values in the order given.
