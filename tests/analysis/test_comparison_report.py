@@ -97,7 +97,7 @@ def test_the_first_line_is_the_headline_and_every_part_follows(written):
         "- **2 runs:** it did not take the last step of its schedule (old-run, other-run)",
         "- **1 run:** FAILED: worker lost (lost-run)",
         "probe protocol 2",
-        "corrected by Holm over all pairs of this report",
+        "corrected by Holm over all pairs tested in this report",
         "They do not cover another draw of training images",
         "crate-ray compare digits-sweep",
     ):

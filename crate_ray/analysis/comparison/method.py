@@ -24,8 +24,8 @@ _HYPOTHESES = (
 )
 _TESTS = (
     "differences are paired by seed; two-sided paired t test; p values corrected by Holm over all pairs tested in this report, "
-    "of which one that is equal in several ways counts once; a pair refused beforehand is not tested. The intervals beside them "
-    "are not corrected: each covers 95% by itself."
+    "of which one that is equal in several ways counts once; a pair refused beforehand is not tested. The intervals beside "
+    "them are not corrected: each covers 95% by itself."
 )
 _NO_VERDICT = (
     "below 5 pairs, with unequal tuning budgets, or across runs that differ in a key that is refused. “Not distinguishable” "
