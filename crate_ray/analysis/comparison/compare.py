@@ -5,10 +5,9 @@ of the caller, the records of a few chosen runs: the same rows, in any order, gi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import median
 
-from crate_ray.analysis.comparison.configurations import Sorted, sort_rows
+from crate_ray.analysis.comparison.configurations import Sorted, model_names, sort_rows
 from crate_ray.analysis.comparison.fronts import curves_of, ratios_of, total_ratios_of
 from crate_ray.analysis.comparison.gates import (
     findings_of,
@@ -59,7 +58,7 @@ def compare(
             neither accuracy nor loss.
     """
     _check(rows, name, metric)
-    sorted_rows = sort_rows(_with_budgets(rows), metric)
+    sorted_rows = sort_rows(rows, metric)
     configurations = sorted_rows.configurations
     _check_compared(configurations, sorted_rows, name, metric)
     comparable = largest_comparable(configurations, metric)
@@ -67,7 +66,8 @@ def compare(
     measure = measure_of(metric, sorted_rows.judged_split)
     hypotheses = declare(configurations, metric, axes)
     differences = judge(hypotheses, metric, measure, answers or {}, larger=larger)
-    ratios = ratios_of(comparable, metric, axes, measure, larger=larger)
+    names = model_names(item.model for item in configurations)
+    ratios = ratios_of(comparable, metric, axes, measure, names, larger=larger)
     sentences = verdicts(axes, configurations, differences, larger=larger)
     return Comparison(
         name=name,
@@ -75,7 +75,7 @@ def compare(
         is_larger_better=larger,
         judged_split=sorted_rows.judged_split,
         rows=tuple(sorted(sorted_rows.rows, key=lambda row: (row.name, row.run_uid))),
-        excluded={**(unread or {}), **sorted_rows.excluded},
+        excluded=_together(unread or {}, sorted_rows.excluded),
         findings=findings_of(configurations, sorted_rows.rows, metric, axes),
         configurations=configurations,
         differences=differences,
@@ -88,8 +88,13 @@ def compare(
         verdicts=sentences,
         headline=headline(axes[0], sentences[axes[0]], ratios, differences, configurations, measure),
         commands=tuple(commands),
-        total_ratios=total_ratios_of(comparable, metric, measure, larger=larger),
+        total_ratios=total_ratios_of(comparable, metric, measure, names, larger=larger),
     )
+
+
+def _together(unread: Mapping[str, str], excluded: Mapping[str, str]) -> dict[str, str]:
+    """Both under names of their own: something without a row may be called as a run is."""
+    return {f"{name} (not read)" if name in excluded else name: reason for name, reason in unread.items()} | dict(excluded)
 
 
 def _check(rows: Sequence[RunRow], name: str, metric: str) -> None:
@@ -127,20 +132,6 @@ def _check_compared(configurations: Sequence[Configuration], found: Sorted, name
             f"'{name}' has runs of one family alone with {metric}, {only}: a comparison needs both; name the runs of the other "
             f"family too{why}"
         )
-
-
-def _with_budgets(rows: Sequence[RunRow]) -> list[RunRow]:
-    """Counts the screening trials of an arm where its confirmed rows do not say: rows that were read one by one."""
-    tried: dict[tuple[str | None, str | None], int] = {}
-    for row in rows:
-        if row.stage == "screen":
-            tried[row.sweep, row.arm] = tried.get((row.sweep, row.arm), 0) + 1
-    return [
-        replace(row, tuning_trials=tried.get((row.sweep, row.arm)))
-        if row.tuning_trials is None and row.stage == "confirm"
-        else row
-        for row in rows
-    ]
 
 
 def _shown(configurations: Sequence[Configuration]) -> list[Configuration]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from crate_ray.analysis.comparison.configurations import model_names
 from crate_ray.analysis.comparison.frontier import NOUNS, SizePoint, fit_curve, ratio_at_equal
 from crate_ray.analysis.comparison.gates import IMAGES_WITHIN, LEAST_SEEDS, hardware_of, images_of, is_within
 from crate_ray.analysis.comparison.result import Axis, Configuration, Curve, Ratio
@@ -34,10 +33,16 @@ def curves_of(items: Sequence[Configuration], metric: str, axes: Sequence[Axis],
     return tuple(curves)
 
 
-def total_ratios_of(items: Sequence[Configuration], metric: str, measure: Measure, *, larger: bool) -> tuple[Ratio, ...]:
+def total_ratios_of(
+    items: Sequence[Configuration], metric: str, measure: Measure, names: Mapping[str, str], *, larger: bool
+) -> tuple[Ratio, ...]:
     """The ratios of all trainable parameters, which the encoder's are a part of."""
     noun = "trainable parameters, decoder included,"
-    return ratios_of(items, metric, ("params",), measure, larger=larger, place=lambda item: float(item.params_total), noun=noun)
+    return ratios_of(items, metric, ("params",), measure, names, larger=larger, place=_total, noun=noun)
+
+
+def _total(item: Configuration) -> float:
+    return float(item.params_total)
 
 
 def _points(items: Sequence[Configuration], metric: str, place: Place) -> list[SizePoint]:
@@ -51,6 +56,7 @@ def ratios_of(
     metric: str,
     axes: Sequence[Axis],
     measure: Measure,
+    names: Mapping[str, str],
     *,
     larger: bool,
     place: Place | None = None,
@@ -63,21 +69,22 @@ def ratios_of(
         metric: That is equal.
         axes: Of the ratios.
         measure: How the metric is spelled.
+        names: Of the models, as the labels have them.
         larger: Whether more of the metric is better.
         place: Where a configuration stands; None for its position on the axis.
         noun: What is counted, where that is not what the axis counts.
     """
-    names = model_names(item.model for item in items)
     crates = sorted({item.model for item in items if item.family == "crate"})
     baselines = sorted({item.model for item in items if item.family == "vit"})
     found = []
     for axis in axes:
         where = place or PLACES[axis]
         enough = [item for item in items if item.is_confirmed and len(item.rows) >= LEAST_SEEDS and where(item)]
-        alike = _alike(enough, axis)
         for crate, baseline in product(crates, baselines):
+            pair = [item for item in enough if item.model in (crate, baseline)]
+            alike = _alike(pair, axis)
             first, second = ([item for item in alike if item.model == model] for model in (crate, baseline))
-            why_not = _why_no_ratio(first, second)
+            why_not = _why_not_alike(pair, alike, axis, (names[crate], names[baseline])) or _why_no_ratio(first, second)
             if why_not is not None:
                 sentence = f"No ratio of {noun or NOUNS[axis]} at equal results: {why_not}."
                 found.append(Ratio(axis, baseline, None, None, why_not, sentence))
@@ -112,6 +119,16 @@ def _alike(items: Sequence[Configuration], axis: Axis) -> list[Configuration]:
     else:
         return list(items)
     return max(groups, key=lambda group: (len({item.family for item in group}), len(group)), default=[])
+
+
+def _why_not_alike(
+    pair: Sequence[Configuration], alike: Sequence[Configuration], axis: Axis, names: tuple[str, str]
+) -> str | None:
+    """Both models have configurations, and those that are alike are of one of them alone."""
+    if len({item.model for item in pair}) < 2 or len({item.model for item in alike}) == 2:
+        return None
+    unlike = "saw as many images" if axis == "params" else "were timed on one kind of hardware"
+    return f"no configurations of {names[0]} and {names[1]} {unlike}"
 
 
 def _why_no_ratio(first: Sequence[Configuration], second: Sequence[Configuration]) -> str | None:

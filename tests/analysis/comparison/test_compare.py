@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_rows import Law, synthetic_comparison, synthetic_layers, synthetic_row, synthetic_rows, synthetic_screening
+from synthetic_rows import (
+    COMPARE,
+    Law,
+    synthetic_comparison,
+    synthetic_layers,
+    synthetic_row,
+    synthetic_rows,
+    synthetic_screening,
+)
 
 from crate_ray.analysis.comparison.compare import compare
 from crate_ray.analysis.comparison.result import Comparison
@@ -85,6 +93,31 @@ def test_a_configuration_with_few_seeds_is_left_out_of_the_ratio_and_flagged() -
     assert [item.values for item in comparison.findings if item.key == "seeds"] == [{"3 seeds": ("CRATE-MAE 4x768",)}]
     without = [row for row in rows if not (row.settings["width"] == 768 and row.model == "crate_mae")]
     assert comparison.ratios == compare(without, name="made").ratios
+
+
+def test_each_baseline_has_its_ratio_at_the_number_of_images_that_it_shares() -> None:
+    short = synthetic_rows({**LAWS}, noise=0.002, images=1_000_000)
+    long = synthetic_rows({"crate_mae": LAWS["crate_mae"], "mae_all_tokens": Law()}, noise=0.002, images=2_000_000)
+    long = [replace(row, configuration=f"long{row.configuration[:4]}", run_uid=f"long{row.run_uid}") for row in long]
+    found = {item.baseline: item for item in compare([*short, *long], name="made", axes=("params",)).ratios}
+    assert all(item.ratio is not None for item in found.values())
+    assert "of MAE (facebook) at" in found["mae"].sentence
+    apart = [row for row in [*short, *long] if row.model == "mae_all_tokens" or row in short]
+    [_, none] = compare(apart, name="made", axes=("params",)).ratios
+    assert none.why_not == "no configurations of CRATE-MAE and MAE (CRATE repository) saw as many images"
+
+
+def test_a_baseline_is_called_alike_in_ratios_and_labels_where_the_other_one_cannot_be_compared() -> None:
+    rows = synthetic_rows(LAWS, noise=0.002)
+    other = synthetic_rows({"mae_all_tokens": Law()}, widths=(128,), compare={**COMPARE, "precision": "float32"})
+    [ratio] = compare([*rows, *other], name="made", axes=("params",)).ratios
+    assert "of MAE (facebook) at" in ratio.sentence
+
+
+def test_a_budget_that_is_not_recorded_is_not_counted_from_the_trials_that_are_named() -> None:
+    rows = synthetic_rows(LAWS, widths=(128,), tuning_trials=None)
+    screened = synthetic_screening("crate_mae", Law(), widths=(64, 128)) + synthetic_screening("mae", Law(), widths=(64, 128))
+    assert {item.tuning_trials for item in compare([*rows, *screened], name="made").configurations} == {None}
 
 
 def test_a_ratio_whose_interval_holds_one_is_called_no_difference() -> None:
@@ -243,6 +276,12 @@ def test_raw_pixels_stand_beside_the_probe_and_no_other_metric(whole: Comparison
 def test_what_was_not_read_and_what_is_not_compared_stand_together() -> None:
     comparison = compare(one_seed(), name="made", unread={"begun": "being created"})
     assert comparison.excluded == {"begun": "being created"}
+
+
+def test_what_was_not_read_and_an_excluded_run_of_its_name_are_both_there() -> None:
+    killed = synthetic_row(seed=9, name="same", is_complete=False, incomplete="killed")
+    comparison = compare([*one_seed(), killed], name="made", unread={"same": "being created"})
+    assert comparison.excluded == {"same (not read)": "being created", "same": "killed"}
 
 
 @settings(max_examples=8, deadline=None)
