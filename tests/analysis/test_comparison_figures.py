@@ -12,7 +12,7 @@ from crate_ray.analysis.comparison.canvas import NARROW, WIDE, drawing, model_st
 from crate_ray.analysis.comparison.figures import plan
 from crate_ray.analysis.comparison.panels import plot_differences, plot_layers, plot_sensitivity, shown_differences
 from crate_ray.analysis.comparison.result import Finding
-from crate_ray.analysis.comparison.scatter import COSTS, log_ticks, plot_cost
+from crate_ray.analysis.comparison.scatter import ALL_IN_DETAIL, COSTS, MOST_LEADING, log_ticks, plot_cost
 from crate_ray.runs.rows import Estimate
 
 ENCODER, TOTAL, PFLOPS, HOURS = COSTS
@@ -106,6 +106,18 @@ def test_names_lie_upon_no_other_and_inside_the_panel(page, count):
         assert panel.x0 - 1 <= box.x0
         assert box.x1 <= panel.x1 + 1
         assert not any(box.overlaps(other) for other in boxes[:index])
+
+
+def test_of_very_many_configurations_all_have_a_point_and_the_leading_ones_an_interval():
+    comparison = make_comparison(many(ALL_IN_DETAIL + 1), curves=())
+    main = plot_cost(comparison, ENCODER, NARROW).axes[0]
+    assert sum(len(line.get_xdata()) for line in main.lines if line.get_marker() in ("o", "s", "D")) == ALL_IN_DETAIL + 1
+    assert sum(len(bars.get_segments()) for bars in main.collections) == 2  # the best of each family
+    assert f"drawn of the best of each family and of those on a front alone, {MOST_LEADING} at most" in (
+        plan(comparison)["encoder_params"].caption
+    )
+    few = plan(make_comparison(many(ALL_IN_DETAIL), curves=()))["encoder_params"].caption
+    assert "alone" not in few
 
 
 def test_differences_are_filled_only_where_the_corrected_test_tells_them_apart():

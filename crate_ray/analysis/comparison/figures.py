@@ -18,7 +18,7 @@ from crate_ray.analysis.comparison.panels import (
     with_intervals,
 )
 from crate_ray.analysis.comparison.result import Comparison
-from crate_ray.analysis.comparison.scatter import COSTS, Cost, plot_cost, points_of
+from crate_ray.analysis.comparison.scatter import ALL_IN_DETAIL, COSTS, MOST_LEADING, Cost, plot_cost, points_of
 from crate_ray.analysis.comparison.wording import (
     MEASURE_NAMES,
     NO_TIME,
@@ -107,6 +107,11 @@ def _cost_plan(comparison: Comparison, cost: Cost) -> Plan | str:
     if refused := [finding.key for finding in comparison.findings if finding.severity == "refused"]:
         caption += (
             f" Not all of them may be compared, for {', '.join(f'`{key}`' for key in dict.fromkeys(refused))} (see below)."
+        )
+    if len(points) > ALL_IN_DETAIL:
+        caption += (
+            f" Of more than {ALL_IN_DETAIL} configurations, intervals, seeds and names are drawn of the best of each family and of "
+            f"those on a front alone, {MOST_LEADING} at most; the table has all."
         )
     left_out = len(comparison.configurations) - len(points)
     if left_out:

@@ -6,6 +6,7 @@ others small and faint. Interval ends of fewer than three seeds do not stretch t
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ALL_NAMED = 14  # configurations; of more, those on a front
+ALL_IN_DETAIL = 200
+"""Configurations; of more, intervals and seeds are drawn of the leading ones alone."""
+MOST_LEADING = 60
+"""Configurations that are named, the best of each family and of the fronts, where there are many."""
+_ALL_NAMED = 14  # configurations; of more, the leading ones
 _STRIP_FROM = 0.6  # of the models' own range: references further off stand in a strip
 _SAME_PLACE = 0.018  # share of the axis
 _BAR: Mapping[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 1.3}
@@ -135,11 +140,14 @@ def plot_cost(comparison: Comparison, cost: Cost, page: Page) -> "Figure":
     """
     measure = metric_measure(comparison)
     points = points_of(comparison, cost)
+    curves = [_scaled(curve, cost, measure) for curve in comparison.curves if curve.axis == cost.axis]
+    leading = _leading(points, curves, is_larger_better=comparison.is_larger_better)
+    if len(points) > ALL_IN_DETAIL:
+        points = [point if point.item.label in leading else replace(point, ends=None, seeds=()) for point in points]
     pixels = None if comparison.raw_pixels is None else measure.scale * comparison.raw_pixels
     figure, main, strip = _panels(points, pixels, page)
     x_ends = _limit_x(main, [point.x for point in points])
     placed = _apart(points, x_ends)
-    curves = [_scaled(curve, cost, measure) for curve in comparison.curves if curve.axis == cost.axis]
     main.set_ylim(_trained_range(points, [*_controls(points), pixels] if strip is None else []))
     for curve in curves:
         _draw_curve(main, curve)
@@ -152,7 +160,7 @@ def plot_cost(comparison: Comparison, cost: Cost, page: Page) -> "Figure":
     title(figure, f"{sentence(measure.label)} against {cost.noun}", page)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    _name_points(main, placed, curves, comparison, page)
+    _name_points(main, placed, curves, leading, page)
     return figure
 
 
@@ -214,15 +222,28 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / 7)] if ticks else [low]
 
 
+def _leading(points: Sequence[Point], curves: Sequence["_Line"], *, is_larger_better: bool) -> list[str]:
+    """Labels of the best of each family, then of those on a front, the best first."""
+    on_front = {label for line in curves for label in line.curve.front}
+    ordered = sorted(points, key=lambda point: -point.y if is_larger_better else point.y)
+    best = {point.item.family: point.item.label for point in reversed(ordered)}
+    front = [point.item.label for point in ordered if point.item.label in on_front]
+    return list(dict.fromkeys([*best.values(), *front]))[:MOST_LEADING]
+
+
 def _apart(points: Sequence[Point], ends: tuple[float, float]) -> list[Point]:
     """The points, those of different models at the same place beside each other."""
-    span = math.log(ends[1] / ends[0])
+    width = _SAME_PLACE * math.log(ends[1] / ends[0])
+    places: dict[str, list[float]] = {}
+    for point in sorted(points, key=lambda point: point.x):
+        places.setdefault(point.item.model, []).append(math.log(point.x))
+    models = list(dict.fromkeys(point.item.model for point in points))
 
     def placed(point: Point) -> Point:
-        near = {p.item.model for p in points if abs(math.log(p.x / point.x)) < _SAME_PLACE * span}
-        order = [model for model in dict.fromkeys(p.item.model for p in points) if model in near]
+        low, high = math.log(point.x) - width, math.log(point.x) + width
+        order = [model for model in models if bisect_right(places[model], low) < bisect_left(places[model], high)]
         steps = order.index(point.item.model) - (len(order) - 1) / 2
-        return replace(point, x=point.x * math.exp(_SAME_PLACE * span * steps))
+        return replace(point, x=point.x * math.exp(width * steps))
 
     return [placed(point) for point in points]
 
@@ -329,17 +350,15 @@ def _handles(points: Sequence[Point], curves: Sequence[_Line], pixels: float | N
     return handles
 
 
-def _name_points(axes: "Axes", points: Sequence[Point], curves: Sequence[_Line], comparison: Comparison, page: Page) -> None:
-    on_front = {label for line in curves for label in line.curve.front}
+def _name_points(axes: "Axes", points: Sequence[Point], curves: Sequence[_Line], leading: Sequence[str], page: Page) -> None:
     are_few = len(points) <= _ALL_NAMED
-    best = max if comparison.is_larger_better else min
-    top = {best((p for p in points if p.item.family == family), key=lambda p: p.y).item.label
-           for family in {p.item.family for p in points}}  # fmt: skip
+    families = {point.item.family for point in points}
     names = model_names(p.item.model for p in points)
+    rank = {label: place for place, label in enumerate(leading)}
     named = [
-        Named(_short_name(p.item, names), p.x, p.y, INK, must=are_few or p.item.label in top)
-        for p in sorted(points, key=lambda p: (p.item.label not in top, p.item.label not in on_front, -p.y))
-        if are_few or p.item.label in on_front | top
+        Named(_short_name(p.item, names), p.x, p.y, INK, must=are_few or rank[p.item.label] < len(families))
+        for p in sorted(points, key=lambda p: (rank.get(p.item.label, len(rank)), -p.y))
+        if are_few or p.item.label in rank
     ]
     bars = [[(p.x, p.ends[0]), (p.x, p.ends[1])] for p in points if p.ends is not None]
     paths = [list(zip(line.x, line.y, strict=True)) for line in curves]
