@@ -110,8 +110,8 @@ def _cost_plan(comparison: Comparison, cost: Cost) -> Plan | str:
         )
     if len(points) > ALL_IN_DETAIL:
         caption += (
-            f" Of more than {ALL_IN_DETAIL} configurations, intervals, seeds and names are drawn of the best of each family and of "
-            f"those on a front alone, {MOST_LEADING} at most; the table has all."
+            f" Of more than {ALL_IN_DETAIL} configurations, intervals, seeds and names are drawn of the best of each family "
+            f"and of those on a front alone, {MOST_LEADING} at most; the table has all."
         )
     left_out = len(comparison.configurations) - len(points)
     if left_out:
