@@ -7,6 +7,7 @@ probes, is read from the folders of the runs.
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Material:
     Attributes:
         name: Of the comparison.
         rows: Of all runs, each once.
-        unread: Why something has no row, by its name.
+        unread: Why something has no row, by its name; of one thing that was named alone, by where it lies.
         out: Folder for the report, unless the user names one.
         uri: Tracking store of the runs; None where they are in none.
         experiment: Theirs.
@@ -87,9 +88,21 @@ def gather(what: Sequence[str], *, split: Split, uri: str | None, experiment: st
     material = Material(name, parts[0].out, uri or mirrored.uri, experiment or mirrored.experiment)
     rows = {row.run_uid: row for part in reversed(parts) for row in reversed(part.rows)}
     material.rows = list(rows.values())[::-1]
-    for part in parts:
-        material.unread |= part.unread
+    material.unread = _named(parts, material.rows)
     return material
+
+
+def _named(parts: Sequence[Material], rows: Sequence[RunRow]) -> dict[str, str]:
+    """What has no row by its name, or by where it lies, where something else is called alike."""
+    names = {place: _name_of(place, part) for part in parts for place in part.unread}
+    counts = Counter([*names.values(), *(row.name for row in rows)])
+    reasons = {place: reason for part in parts for place, reason in part.unread.items()}
+    return {names[place] if counts[names[place]] == 1 else place: reason for place, reason in reasons.items()}
+
+
+def _name_of(place: str, part: Material) -> str:
+    is_folder = storage.absolute(place) == place
+    return RunFolder(place).name if is_folder else place.removeprefix(f"{part.name}: ")
 
 
 class FolderAnswers(Mapping[str, dict[str, Any]]):
@@ -126,7 +139,7 @@ class FolderAnswers(Mapping[str, dict[str, Any]]):
         try:
             with storage.retry_deadline(0):
                 return RunFolder(row.uri).read_json(f"answers_{self._split}.json")
-        except (OSError, ConfigError):
+        except (OSError, TypeError, ValueError):  # not at hand, or damaged
             return None
 
 
@@ -162,7 +175,7 @@ def _store_of(folder: RunFolder, runs: Sequence[RunFolder]) -> tuple[str | None,
 
 def _tracking_of(runs: Sequence[RunFolder]) -> TrackingConfig:
     for folder in runs:
-        with contextlib.suppress(ConfigError, FileNotFoundError):  # of another release, or not yet a run
+        with contextlib.suppress(ValueError, FileNotFoundError):  # of another release, or not yet a run
             return folder.read_config().tracking
     return TrackingConfig()
 
@@ -180,4 +193,5 @@ def _of_experiment(item: str, split: Split, uri: str | None) -> Material:
         raise ConfigError(f"'{item}' is no folder, and as an experiment: {error}") from None
     path, slug = database_path(store), re.sub(r"[^\w.-]+", "-", item)
     out = Path(_REPORT) / slug if path is None else path.parent / _REPORT / slug
-    return Material(item, out, store, item, found.rows, dict(found.unread))
+    unread = {f"{item}: {name}": reason for name, reason in found.unread.items()}
+    return Material(item, out, store, item, found.rows, unread)

@@ -17,10 +17,10 @@ from crate_ray import storage
 from crate_ray.config import ConfigError, RunConfig, digest, is_exploratory
 from crate_ray.runs.folder import RunFolder, sweep_of
 from crate_ray.runs.records import decode_number, encode_number
-from crate_ray.runs.screening import Screening, read_screening
+from crate_ray.runs.screening import Screening, read_screening, screening_of
 from crate_ray.runs.settings import settings_of
 from crate_ray.runs.status import State, Status, read_status
-from crate_ray.runs.trials import TrialRow, loss_target, read_trial
+from crate_ray.runs.trials import TrialRow, loss_target, read_sweep, read_trial
 
 Timing = Literal["exclusive", "shared"]
 Split = Literal["validation", "test"]
@@ -30,6 +30,8 @@ _READERS = 16
 _SEED = "train.seed"
 _FINAL = "final/"
 _RAW_PIXELS = "raw_pixels_top1"  # of the data, and not of a run: it stands beside the values of a report
+_DAMAGES = (AttributeError, KeyError, TypeError, ValueError)
+"""What comes of a file that is no JSON, or whose keys and values are not those that this release writes."""
 _REPORT = re.compile(r"probe_(test|validation)(?!.*_step_\d{8}).*\.json")
 """Of the end of a run; reports on earlier checkpoints have their step in the name."""
 
@@ -172,7 +174,7 @@ class RunRows:
 
     Attributes:
         rows: Of the runs, in the order of their folders.
-        unread: Why a folder is no run, or not yet, by its name.
+        unread: Why a folder is no run, or not yet, or cannot be read, by its URI.
     """
 
     rows: tuple[RunRow, ...]
@@ -189,11 +191,17 @@ def read_run_row(folder: RunFolder, *, split: Split | None = None) -> RunRow | N
 
     Returns:
         None while the run is being created, or where the folder is no trained run.
+
+    Raises:
+        ConfigError: A file of the run is damaged, or of another release.
     """
     sweep = sweep_of(folder)
-    trial = read_trial(folder) if sweep is not None else None
-    is_confirmed = sweep is not None and trial is not None and trial.stage == "confirm"
-    row = _read(folder, trial, read_screening(sweep) if sweep is not None and is_confirmed else None, split)
+    try:
+        trial = read_trial(folder) if sweep is not None else None
+        is_confirmed = trial is not None and trial.stage == "confirm"
+        row = _row(folder, trial, _screening_of(sweep) if sweep is not None and is_confirmed else None, split)
+    except _DAMAGES as error:
+        raise ConfigError(f"{folder.uri}: {_damaged(error)}") from None
     return row if isinstance(row, RunRow) else None
 
 
@@ -201,16 +209,48 @@ def read_run_rows(folders: Sequence[RunFolder], *, split: Split | None = None) -
     """The rows of many runs, each sweep's screening read once; `split` as for one run."""
     with ThreadPoolExecutor(_READERS) as pool:
         sweeps = list(pool.map(sweep_of, folders))
-        trials = list(pool.map(lambda pair: read_trial(pair[0]) if pair[1] else None, zip(folders, sweeps, strict=True)))
-        screenings = {uri: read_screening(RunFolder(uri)) for uri in {sweep.uri for sweep in sweeps if sweep is not None}}
+        trials = list(pool.map(_trial_of, folders, sweeps))
+        screenings = {uri: _screening_of(RunFolder(uri)) for uri in {sweep.uri for sweep in sweeps if sweep is not None}}
         of_folder = [screenings[sweep.uri] if sweep is not None else None for sweep in sweeps]
         found = list(pool.map(partial(_read, split=split), folders, trials, of_folder))
-    unread = {folder.name: item for folder, item in zip(folders, found, strict=True) if isinstance(item, str)}
+    unread = {folder.uri: item for folder, item in zip(folders, found, strict=True) if isinstance(item, str)}
     return RunRows(tuple(item for item in found if isinstance(item, RunRow)), unread)
 
 
-def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None, split: Split | None) -> RunRow | str:
+def _trial_of(folder: RunFolder, sweep: RunFolder | None) -> TrialRow | str | None:
+    """The trial's row, or why it cannot be read; None outside a sweep."""
+    try:
+        return read_trial(folder) if sweep is not None else None
+    except _DAMAGES as error:
+        return _damaged(error)
+
+
+def _screening_of(sweep: RunFolder) -> Screening | None:
+    """The screening of a sweep; with a trial that cannot be read its counts and places are not known, so it has none."""
+    try:
+        return read_screening(sweep)
+    except ConfigError:
+        raise
+    except _DAMAGES:
+        config = read_sweep(sweep)
+        return screening_of(config, ()) if config is not None else None
+
+
+def _read(folder: RunFolder, trial: TrialRow | str | None, screening: Screening | None, split: Split | None) -> RunRow | str:
     """The row, or why there is none."""
+    if isinstance(trial, str):
+        return trial
+    try:
+        return _row(folder, trial, screening, split)
+    except _DAMAGES as error:
+        return _damaged(error)
+
+
+def _damaged(error: Exception) -> str:
+    return f"its files are damaged, or of another release ({type(error).__name__}: {_line(str(error))})"
+
+
+def _row(folder: RunFolder, trial: TrialRow | None, screening: Screening | None, split: Split | None) -> RunRow | str:
     files = _Files(folder)
     meta, fingerprint = files.read("run_meta.json"), files.read("fingerprint.json")
     if meta is not None and meta["kind"] not in _KINDS:
@@ -243,7 +283,7 @@ def _read(folder: RunFolder, trial: TrialRow | None, screening: Screening | None
         compare=parts,
         commit=meta.get("git_commit"),
         is_dirty=meta.get("git_dirty"),
-        tuning_trials=screening.tried.get(trial.arm, 0) if screening and trial else None,
+        tuning_trials=screening.tried.get(trial.arm) if screening and trial else None,
         place=screening.place_of(trial) if screening and trial and stage == "confirm" else None,
         created=meta.get("created"),
         untuned=is_exploratory(screening.sweep) if screening else None,
@@ -263,7 +303,10 @@ class _Files:
         self.names = frozenset(storage.list_dir(folder.uri))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        return self._folder.read_json(name) if name in self.names else None
+        try:
+            return self._folder.read_json(name) if name in self.names else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def configuration_of(resume_parts: Mapping[str, Any]) -> str:

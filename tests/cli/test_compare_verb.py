@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from synthetic_rows import Law, synthetic_row, synthetic_rows, synthetic_screening
 
-from crate_ray.cli.compare_sources import Store, gather
+from crate_ray.analysis.comparison.noise import image_noise
+from crate_ray.cli.compare_sources import FolderAnswers, Store, gather
 from crate_ray.config import RunConfig, fingerprint
 from crate_ray.runs import Lease, NullSink, RunFolder, open_run
-from crate_ray.runs.rows import RunRow
+from crate_ray.runs.rows import RunRow, read_run_rows
 from crate_ray.tracking import initialise, sync
 from crate_ray.tracking.client import open_client
 from crate_ray.tracking.row_tag import ROW_TAG, pack_rows
@@ -128,6 +129,29 @@ def test_folders_and_experiments_compare_together_and_a_run_in_both_counts_once(
     assert found.name == "out + crate-mae/both"
     assert found.out == tmp_path / "out" / "comparison"
     assert found.store == Store(uri, folders[0].read_config().tracking.experiment)
+
+
+def test_what_is_called_alike_and_has_no_row_is_named_by_where_it_lies(uri, finished, tmp_path) -> None:
+    finished("digits_mae", 0)
+    for above, name in (("out", "begun"), ("other", "begun"), ("other", "single")):
+        folder = RunFolder(str(tmp_path / above / name))
+        folder.write_config(RunConfig.load("digits_mae", []))
+    roots = [str(tmp_path / above) for above in ("out", "other", "other/begun")]
+    found = gather(roots, split="test", uri=None, experiment=None)
+    begun = [str(tmp_path / above / "begun") for above in ("out", "other")]
+    assert sorted(found.unread) == sorted([*begun, "single"]), "and a folder that is named twice is there once"
+
+
+def test_damaged_answers_are_as_those_that_are_not_at_hand(finished) -> None:
+    whole, damaged = (finished("digits_mae", seed) for seed in (0, 1))
+    Path(damaged.path("answers_test.json")).write_text("{")
+    answers = FolderAnswers(read_run_rows([whole, damaged], split="test").rows, "test")
+    uids = [row.run_uid for row in read_run_rows([whole, damaged], split="test").rows]
+    assert [answers.get(uid) is None for uid in uids] == [False, True]
+    torn = {uids[0]: answers[uids[0]], uids[1]: {"sources": ["a", "b", "c"]}}
+    assert image_noise(((uids[0], uids[1]),), torn, "probe_top1") is None
+    unlike = {uids[0]: answers[uids[0]], uids[1]: {**answers[uids[0]], "correct": {"probe_top1": [1.0]}}}
+    assert image_noise(((uids[0], uids[1]),), unlike, "probe_top1") is None
 
 
 @pytest.mark.parametrize(

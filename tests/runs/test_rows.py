@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_ray.config import RunConfig, SweepConfig, dump_sweep, fingerprint
+from crate_ray.config import ConfigError, RunConfig, SweepConfig, dump_sweep, fingerprint
 from crate_ray.models.cost import count_parameters, training_flops_per_image
 from crate_ray.runs import NullSink, RunFolder, Status, TrialRow, list_runs, open_run, write_status, write_trial
 from crate_ray.runs.rows import Estimate, RunRow, read_run_row, read_run_rows
@@ -212,10 +212,38 @@ def test_what_is_no_run_has_no_row_and_a_reason(tmp_path: Path) -> None:
     assert [read_run_row(folder) for folder in folders] == [None] * 4
     found = read_run_rows(folders)
     assert found.rows == ()
-    assert found.unread["sweep"] == "a sweep, and no trained run"
-    assert "being created" in found.unread["begun"]
-    assert "being created" in found.unread["missing"]
-    assert "configuration cannot be read" in found.unread["older"]
+    assert found.unread[sweep.uri] == "a sweep, and no trained run"
+    assert "being created" in found.unread[begun.uri]
+    assert "being created" in found.unread[folders[-1].uri]
+    assert "configuration cannot be read" in found.unread[older.uri]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run_meta.json", "{}"),
+        ("fingerprint.json", '{"compare": {}}'),
+        ("status.json", "[1, 2]"),
+        ("final.json", '{"values": {}}'),
+        ("final.json", "{"),
+        ("probe_test.json", '{"split": "test"}'),
+        ("timing.json", '{"exclusive": true}'),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_a_reason_beside_the_rows_of_the_others(tmp_path: Path, name: str, text: str) -> None:
+    whole, damaged = (finished(tmp_path, f"train.seed={seed}") for seed in (1, 2))
+    Path(damaged.path(name)).write_text(text)
+    found = read_run_rows([whole, damaged])
+    assert [row.uri for row in found.rows] == [whole.uri]
+    assert list(found.unread) == [damaged.uri]
+    assert "\n" not in found.unread[damaged.uri]
+    with pytest.raises(ConfigError, match=r"damaged, or of another release"):
+        read_run_row(damaged)
+
+
+def test_two_folders_of_one_name_are_both_there(tmp_path: Path) -> None:
+    folders = [RunFolder(str(tmp_path / above / "begun")) for above in ("a", "b")]
+    assert list(read_run_rows(folders).unread) == [folder.uri for folder in folders]
 
 
 ARMS = {"crate": {"base": "digits_crate_mae"}, "mae": {"base": "digits_mae"}}
@@ -298,7 +326,17 @@ def test_a_trial_that_never_began_is_named_with_its_end(tmp_path: Path) -> None:
     folder = RunFolder(str(root / "trials" / "crate-0a1b2c3d"))
     row = TrialRow(id="x", arm="crate", seed=0, state="INFEASIBLE", reason="needs 90 GB of memory\nlong")
     write_trial(folder, row)
-    assert read_run_rows([folder]).unread == {"crate-0a1b2c3d": "infeasible (needs 90 GB of memory)"}
+    assert read_run_rows([folder]).unread == {folder.uri: "infeasible (needs 90 GB of memory)"}
+
+
+def test_a_damaged_trial_is_a_reason_and_leaves_the_tuning_of_the_others_unknown(tmp_path: Path) -> None:
+    root, _ = sweep_of(tmp_path)
+    damaged = trial(root, "crate", 1e-4, 0.7)
+    confirmed = trial(root, "crate", 1e-3, 0.8, seed=1000, stage="confirm")
+    Path(damaged.path("trial.json")).write_text("{")
+    found = read_run_rows([damaged, confirmed])
+    assert list(found.unread) == [damaged.uri]
+    assert [(row.uri, row.tuning_trials, row.place) for row in found.rows] == [(confirmed.uri, None, None)]
 
 
 @pytest.mark.slow

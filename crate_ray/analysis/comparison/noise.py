@@ -24,8 +24,15 @@ Pairs = tuple[tuple[str, str], ...]
 def image_noise(pairs: Pairs, answers: Answers, metric: str) -> Estimate | None:
     """The difference of the seeds' means with its 95% interval over source images.
 
-    None where a run's answers are not at hand, or of other images, or of a single source.
+    None where a run's answers are not at hand, or damaged, or of other images, or of a single source.
     """
+    try:
+        return _noise(pairs, answers, metric)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a file without these keys, or of unequal lengths
+        return None
+
+
+def _noise(pairs: Pairs, answers: Answers, metric: str) -> Estimate | None:
     bodies = [(sign, answers.get(uid)) for pair in pairs for sign, uid in zip((1, -1), pair, strict=True)]
     reference = bodies[0][1] if bodies else None
     if reference is None or len(reference["sources"]) < 2:
