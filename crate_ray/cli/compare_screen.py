@@ -35,10 +35,12 @@ def print_comparison(
     store: "Store | None",
 ) -> None:
     """The headline, a verdict for each axis, the configurations, what to be careful about, and where everything is."""
+    from crate_ray.analysis.comparison.wording import ratio_text
+
     print_text(comparison.headline, style="bold")
     console.print()
     _print_lines(comparison.verdicts.items())
-    ratios = [item.sentence for item in comparison.ratios if item.ratio is not None]
+    ratios = [ratio_text(item) for item in comparison.ratios if item.ratio is not None]
     _print_lines(("ratio", text) for text in ratios if text not in comparison.headline)
     console.print()
     _print_configurations(comparison)

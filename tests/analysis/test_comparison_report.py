@@ -5,6 +5,7 @@ import math
 import re
 import struct
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -16,9 +17,11 @@ from synthetic_rows import Law, compare, synthetic_comparison, synthetic_layers,
 
 from crate_ray.analysis.comparison.canvas import NARROW, WIDE
 from crate_ray.analysis.comparison.document import Paragraph, Picture
+from crate_ray.analysis.comparison.panels import plot_differences
 from crate_ray.analysis.comparison.report_html import html
 from crate_ray.analysis.comparison.report_markdown import markdown
 from crate_ray.analysis.comparison.result import Finding
+from crate_ray.analysis.comparison.scatter import COSTS, plot_cost
 from crate_ray.analysis.comparison.sections import compose
 from crate_ray.analysis.comparison.table import to_json, to_table
 from crate_ray.analysis.comparison.write import write_comparison
@@ -240,6 +243,38 @@ def test_a_refusal_stands_with_the_verdicts_and_lists_every_run_it_excludes():
     assert "200 runs: a screening trial" in text
     page = Page(html(document, {}))
     assert ("details", {}) in page.tags
+
+
+def test_what_could_not_be_read_counts_among_the_runs_of_which_it_is_excluded():
+    made = make_comparison()
+    assert "Excluded, 3 of 38 runs:" in text_of(made)
+    unread = replace(made, excluded={**made.excluded, "empty": "no run was started here, or it is being created"})
+    assert "Excluded, 4 of 39 runs, 1 of which could not be read:" in text_of(unread)
+
+
+def test_a_ratio_whose_interval_holds_one_is_said_to_be_no_difference_wherever_it_stands():
+    ratios = [replace(item, ratio=Estimate(0.9, 0.7, 1.2)) for item in make_comparison().ratios[:1]]
+    assert text_of(make_comparison(ratios=tuple(ratios))).count("The interval holds 1, so the two are not distinguishable") == 1
+    assert "The interval holds 1" not in text_of(make_comparison())
+
+
+def test_classifiers_are_called_what_they_are():
+    names = {"crate_mae": ("crate", "CRATE"), "mae": ("vit_linear", "ViT")}
+    items = [
+        replace(item, model=names[item.model][0], label=f"{names[item.model][1]} {place}")
+        for place, item in enumerate(make_comparison().configurations)
+        if item.model in names
+    ]
+    pair = make_difference(items[0], items[3], interval=Estimate(-0.02, -0.03, -0.01))
+    comparison = make_comparison(items, differences=(pair,), curves=(), ratios=(), total_ratios=(), sensitivities=(), layers=())
+    text = text_of(replace(comparison, verdicts={}, headline="Measured."))
+    assert "# CRATE against ViT: digits-sweep" in text
+    assert "| ViT better |" in text
+    assert "| CRATE \N{MINUS SIGN} ViT |" in text
+    assert "MAE" not in text.partition("## How it was measured")[0]
+    figure = plot_differences(comparison, WIDE)
+    assert figure.axes[0].get_xlabel() == "← ViT better  ·  CRATE better →\nCRATE minus ViT (points)"
+    assert not any("MAE" in label.get_text() for label in plot_cost(comparison, COSTS[0], WIDE).legends[0].get_texts())
 
 
 def test_a_loss_is_no_percentage_and_less_of_it_is_better():

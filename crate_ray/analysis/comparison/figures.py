@@ -23,6 +23,7 @@ from crate_ray.analysis.comparison.wording import (
     MEASURE_NAMES,
     NO_TIME,
     SETTING_NAMES,
+    family_names,
     metric_measure,
     model_name,
     sentence,
@@ -141,12 +142,15 @@ def _differences_plan(comparison: Comparison) -> Plan | str:
     shown = with_intervals(comparison)
     if not shown:
         return "No picture of differences: none has two pairs of seeds."
-    caption = "CRATE minus MAE at equal cost, with its 95% interval over paired seeds; the interval is not corrected, p is."
+    crate, vit = family_names(comparison).values()
+    caption = (
+        f"{crate} minus {vit} at equal cost, with its 95% interval over paired seeds; the interval is not corrected, p is."
+    )
     num_drawn = sum(len(items) for items in shown_differences(comparison).values())
     if num_drawn < len(shown):
         caption += f" The first of each axis in the order declared, {num_drawn} of {len(shown)}; the table has all."
     firm = sum(item.why_no_verdict is None for item in shown)
-    found = f"{count_text(len(shown), 'difference')} between CRATE and MAE with intervals; {firm} with a verdict."
+    found = f"{count_text(len(shown), 'difference')} between {crate} and {vit} with intervals; {firm} with a verdict."
     return Plan(plot_differences, "Differences, paired by seed", caption, f"{found} All are in the table.")
 
 

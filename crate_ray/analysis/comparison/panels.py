@@ -17,6 +17,7 @@ from crate_ray.analysis.comparison.wording import (
     MEASURE_NAMES,
     SETTING_NAMES,
     difference_text,
+    family_names,
     has_interval,
     metric_measure,
     model_name,
@@ -72,8 +73,9 @@ def plot_differences(comparison: Comparison, page: Page) -> "Figure":
     plain(axes, grid="x")
     axes.spines["left"].set_visible(False)
     unit = f" ({measure.difference_unit})" if measure.difference_unit else ""
-    left, right = ("MAE", "CRATE") if comparison.is_larger_better else ("CRATE", "MAE")
-    axes.set_xlabel(f"← {left} better  ·  {right} better →\nCRATE minus MAE{unit}", fontsize=page.font_pt)
+    crate, vit = family_names(comparison).values()
+    left, right = (vit, crate) if comparison.is_larger_better else (crate, vit)
+    axes.set_xlabel(f"← {left} better  ·  {right} better →\n{crate} minus {vit}{unit}", fontsize=page.font_pt)
     legend(figure, _difference_handles(shown), page)
     title(figure, f"Differences in {measure.label}, paired by seed", page)
     return figure

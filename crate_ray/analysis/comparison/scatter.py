@@ -20,6 +20,7 @@ from crate_ray.analysis.comparison.wording import (
     BASELINES,
     MODEL_NAMES,
     has_interval,
+    is_against_mae,
     metric_measure,
     model_name,
     sentence,
@@ -156,7 +157,8 @@ def plot_cost(comparison: Comparison, cost: Cost, page: Page) -> "Figure":
     bottom = strip or main
     bottom.set_xlabel(cost.label, fontsize=page.font_pt)
     main.set_ylabel(measure.axis, fontsize=page.font_pt)
-    legend(figure, _handles(points, curves, pixels), page)
+    baselines = tuple(BASELINES) if is_against_mae(comparison) else ()
+    legend(figure, _handles(points, curves, pixels, baselines), page)
     title(figure, f"{sentence(measure.label)} against {cost.noun}", page)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -313,8 +315,10 @@ def _draw_references(axes: "Axes", points: Sequence[Point], pixels: float | None
     axes.margins(y=0.25)
 
 
-def _handles(points: Sequence[Point], curves: Sequence[_Line], pixels: float | None) -> list["Artist"]:
-    """Models first, both MAE by name; one that is not there is said to be absent."""
+def _handles(
+    points: Sequence[Point], curves: Sequence[_Line], pixels: float | None, baselines: Sequence[str]
+) -> list["Artist"]:
+    """Models first, the baselines by name; one that is not there is said to be absent."""
     from matplotlib.lines import Line2D
 
     models = {point.item.model: point.style for point in points}
@@ -325,7 +329,7 @@ def _handles(points: Sequence[Point], curves: Sequence[_Line], pixels: float | N
     ]
     handles += [
         Line2D([], [], linestyle="", label=f"{model_name(model)}: not in this comparison")
-        for model in BASELINES
+        for model in baselines
         if model not in models
     ]
     if any(point.ends and not point.is_over_images for point in points):

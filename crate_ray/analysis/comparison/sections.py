@@ -7,6 +7,7 @@ there is nothing to say, a sentence says so. Findings that forbid or weaken a ve
 import math
 from collections.abc import Mapping, Sequence
 
+from crate_ray.analysis.comparison.configurations import unique_names
 from crate_ray.analysis.comparison.document import (
     Block,
     Bullets,
@@ -31,14 +32,18 @@ from crate_ray.analysis.comparison.wording import (
     NO_TIME,
     SETTING_NAMES,
     difference_text,
+    family_names,
     has_interval,
+    is_against_mae,
     metric_measure,
     metric_name,
     model_name,
     most_seeds,
+    opponents,
     optional_amount,
     p_text,
     parameters_text,
+    ratio_text,
     read_text,
     seeds_text,
     sensitivity_measure,
@@ -61,7 +66,7 @@ def compose(comparison: Comparison, absent: Mapping[str, str]) -> Document:
     """
     return Document(
         headline=" ".join(comparison.headline.split()),
-        title=f"CRATE-MAE against MAE: {comparison.name}",
+        title=f"{opponents(comparison)}: {comparison.name}",
         lead=_lead(comparison),
         verdicts=_verdicts(comparison),
         warnings=_warnings(comparison),
@@ -122,7 +127,9 @@ def _configurations(comparison: Comparison, absent: Mapping[str, str]) -> tuple[
         (f"{model_name(model)}:", what if model in present else f"{what} Not in this comparison.")
         for model, what in BASELINES.items()
     )
-    blocks: list[Block] = [_picture(MAIN, absent), Paragraph("The two MAE baselines:"), Bullets(baselines)]
+    blocks: list[Block] = [_picture(MAIN, absent)]
+    if is_against_mae(comparison):
+        blocks += [Paragraph("The two MAE baselines:"), Bullets(baselines)]
     if not comparison.configurations:
         return (*blocks, Paragraph("No configuration is left to compare."))
     blocks.append(_configurations_table(comparison))
@@ -193,7 +200,8 @@ def _sizes(item: Configuration) -> tuple[str, ...]:
 
 def _differences(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, ...]:
     if not comparison.differences:
-        return (Paragraph("No two configurations of CRATE and MAE are equal on any axis, so no hypothesis was declared."),)
+        both = " and ".join(family_names(comparison).values())
+        return (Paragraph(f"No two configurations of {both} are equal on any axis, so no hypothesis was declared."),)
     axes = dict.fromkeys(item.axis for item in comparison.differences)
     return (_picture(DIFFERENCES, absent), *(_differences_table(comparison, axis) for axis in axes))
 
@@ -203,16 +211,21 @@ def _differences_table(comparison: Comparison, axis: str) -> Table:
     measure = metric_measure(comparison)
     unit = f" ({measure.difference_unit})" if measure.difference_unit else ""
     has_dropped = any(item.dropped for item in own)
-    header = ("CRATE \N{MINUS SIGN} MAE", f"difference{unit} [95%]", "pairs", "p", "p (Holm)", "test-set noise [95%]", "result",
+    names = family_names(comparison)
+    pair, difference = " \N{MINUS SIGN} ".join(names.values()), f"difference{unit} [95%]"
+    header = (pair, difference, "pairs", "p", "p (Holm)", "test-set noise [95%]", "result",
               *(("left out",) if has_dropped else ()))  # fmt: skip
     lines = tuple(
-        _difference_cells(item, measure, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped) for item in own
+        _difference_cells(item, measure, names, is_larger_better=comparison.is_larger_better, has_dropped=has_dropped)
+        for item in own
     )
     caption = f"{sentence(at_words(own[0]))}: every pair that was declared, in that order."
     return Table(caption, header, lines, frozenset({0, *range(6, len(header))}))
 
 
-def _difference_cells(item: Difference, measure: Measure, *, is_larger_better: bool, has_dropped: bool) -> tuple[str, ...]:
+def _difference_cells(
+    item: Difference, measure: Measure, names: Mapping[str, str], *, is_larger_better: bool, has_dropped: bool
+) -> tuple[str, ...]:
     dropped = "; ".join(f"seed {seed}: {why}" for seed, why in item.dropped.items()) or "-"
     return (
         f"{item.first.label} \N{MINUS SIGN} {item.second.label}",
@@ -221,17 +234,17 @@ def _difference_cells(item: Difference, measure: Measure, *, is_larger_better: b
         p_text(item.p_value),
         p_text(item.p_holm),
         difference_text(measure, item.test_noise),
-        _result(item, is_larger_better=is_larger_better),
+        _result(item, names, is_larger_better=is_larger_better),
         *((dropped,) if has_dropped else ()),
     )
 
 
-def _result(item: Difference, *, is_larger_better: bool) -> str:
+def _result(item: Difference, names: Mapping[str, str], *, is_larger_better: bool) -> str:
     """Who is better, with what a reader must know with it; or why nobody can say."""
     if item.why_no_verdict is not None or item.interval is None:
         return f"no verdict: {item.why_no_verdict}"
     is_first = (item.interval.value > 0) == is_larger_better
-    winner = ("CRATE better" if is_first else "MAE better") if is_distinguished(item) else "not distinguishable"
+    winner = f"{names['crate' if is_first else 'vit']} better" if is_distinguished(item) else "not distinguishable"
     return f"{winner}; {', '.join(item.flags)}" if item.flags else winner
 
 
@@ -240,7 +253,7 @@ def _ratios(comparison: Comparison, absent: Mapping[str, str]) -> tuple[Block, .
     named = [(AXIS_UNITS[ratio.axis], ratio) for ratio in comparison.ratios]
     named += [("all trainable parameters", ratio) for ratio in comparison.total_ratios]
     if named:
-        items = tuple((f"{sentence(what)}, against {model_name(ratio.baseline)}:", ratio.sentence) for what, ratio in named)
+        items = tuple((f"{sentence(what)}, against {model_name(ratio.baseline)}:", ratio_text(ratio)) for what, ratio in named)
         blocks.append(Bullets(items))
     else:
         blocks.append(Paragraph("No ratio: it takes configurations of both families that may be compared."))
@@ -367,7 +380,9 @@ def _findings(comparison: Comparison) -> tuple[Block, ...]:
         by_reason.setdefault(why, []).append(name)
     if not by_reason:
         return (*blocks, Paragraph("No run was excluded."))
-    blocks.append(Paragraph(f"Excluded, {len(comparison.excluded)} of {len(comparison.rows)} runs read:"))
+    num_unread = len(comparison.excluded.keys() - set(unique_names(comparison.rows).values()))
+    unread = f", {num_unread} of which could not be read" if num_unread else ""
+    blocks.append(Paragraph(f"Excluded, {len(comparison.excluded)} of {len(comparison.rows) + num_unread} runs{unread}:"))
     few = tuple((f"{count_text(len(names), 'run')}:", f"{_ended(why)} ({', '.join(names)})")
                 for why, names in by_reason.items() if len(names) < _FOLD_FROM)  # fmt: skip
     many = (

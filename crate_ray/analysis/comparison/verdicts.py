@@ -12,7 +12,7 @@ from crate_ray.analysis.comparison.frontier import NOUNS
 from crate_ray.analysis.comparison.gates import LEAST_SEEDS, is_loss, names_text, without_gain
 from crate_ray.analysis.comparison.hypotheses import AT, WITHIN, at_words, is_distinguished
 from crate_ray.analysis.comparison.result import Axis, Configuration, Difference, Ratio
-from crate_ray.analysis.comparison.wording import has_interval, parameters_text, sentence
+from crate_ray.analysis.comparison.wording import has_interval, parameters_text, ratio_text, sentence
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 
 _NAMED = 6
@@ -89,7 +89,7 @@ def headline(
     """The first line of a report: ratios, else the verdict of the axis, else what was measured and why that is no verdict."""
     failed = without_gain(configurations)
     control = [f"Not shown to beat its own untrained control: {names_text(failed)}."] if failed else []
-    sentences = [_ratio_sentence(item) for item in ratios if item.axis == axis and item.ratio is not None]
+    sentences = [ratio_text(item) for item in ratios if item.axis == axis and item.ratio is not None]
     untold = any(item.tuning_trials is None for item in configurations)
     caution = ["How much each was tuned is not recorded."] if untold and sentences else []
     judged = [item for item in differences if item.why_no_verdict is None]
@@ -102,13 +102,6 @@ def headline(
         control = ["Each beats its own untrained control."] if is_shown else control
         sentences = [_measured(configurations, differences, measure)]
     return " ".join([*sentences, *caution, *control])
-
-
-def _ratio_sentence(item: Ratio) -> str:
-    """A ratio in words; an interval that holds 1 is no difference."""
-    assert item.ratio is not None
-    holds_one = item.ratio.low <= 1 <= item.ratio.high
-    return item.sentence + (" The interval holds 1, so the two are not distinguishable there." if holds_one else "")
 
 
 def _measured(configurations: Sequence[Configuration], differences: Sequence[Difference], measure: Measure) -> str:
@@ -125,7 +118,7 @@ def _why(configurations: Sequence[Configuration], differences: Sequence[Differen
     if most < LEAST_SEEDS:
         return f"{count_text(most, 'seed')}, and it takes {LEAST_SEEDS} to tell the luck of training from the model"
     reasons = [item.why_no_verdict for item in differences if item.why_no_verdict is not None]
-    return reasons[0] if reasons else "no CRATE and MAE are equal in parameters, FLOPs or time"
+    return reasons[0] if reasons else "no configurations of the two families are equal in parameters, FLOPs or time"
 
 
 def _line(item: Configuration, measure: Measure) -> str:

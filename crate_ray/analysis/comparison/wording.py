@@ -7,7 +7,7 @@ or a unit.
 import math
 from collections.abc import Mapping, Sequence
 
-from crate_ray.analysis.comparison.result import Axis, Comparison, Configuration, Sensitivity
+from crate_ray.analysis.comparison.result import Axis, Comparison, Configuration, Ratio, Sensitivity
 from crate_ray.analysis.objectives import Measure, amount_text, count_text
 from crate_ray.runs.rows import Estimate
 
@@ -26,6 +26,7 @@ BASELINES: Mapping[str, str] = {
     "mae_all_tokens": "a ViT whose encoder sees all tokens, as CRATE-MAE's does.",
 }
 """The two MAE that every chart names, and what tells them apart."""
+_CRATE_MAES = ("crate_mae", "crate_mae_visible")
 AXIS_UNITS: Mapping[Axis, str] = {
     "params": "trainable encoder parameters",
     "flops": "training PFLOPs",
@@ -88,6 +89,29 @@ def metric_name(name: str) -> str:
 def model_name(model: str) -> str:
     """A model as people call it."""
     return MODEL_NAMES.get(model, model)
+
+
+def family_names(comparison: Comparison) -> Mapping[str, str]:
+    """What the two families of a comparison are called in short: a ViT is MAE where all of them are."""
+    return {**FAMILY_NAMES, "vit": "MAE"} if is_against_mae(comparison) else FAMILY_NAMES
+
+
+def is_against_mae(comparison: Comparison) -> bool:
+    """Whether every ViT compared is an MAE, and no classifier; so too where there is none."""
+    return all(item.model in BASELINES for item in comparison.configurations if item.family == "vit")
+
+
+def opponents(comparison: Comparison) -> str:
+    """'CRATE-MAE against MAE', 'CRATE against ViT'."""
+    is_mae = all(item.model in _CRATE_MAES for item in comparison.configurations if item.family == "crate")
+    names = family_names(comparison)
+    return f"{'CRATE-MAE' if is_mae else names['crate']} against {names['vit']}"
+
+
+def ratio_text(item: Ratio) -> str:
+    """A ratio in words; an interval that holds 1 is no difference."""
+    holds_one = item.ratio is not None and item.ratio.low <= 1 <= item.ratio.high
+    return item.sentence + (" The interval holds 1, so the two are not distinguishable there." if holds_one else "")
 
 
 def with_interval(measure: Measure, estimate: Estimate | None) -> str:
