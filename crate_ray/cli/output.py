@@ -13,6 +13,9 @@ from rich.table import Table
 console = Console(highlight=False, emoji=False)
 errors = Console(stderr=True, highlight=False, emoji=False)
 
+TO_MLFLOW = "`crate-ray tracking sync` sends these to MLflow"
+"""Below numbers that were written into run folders."""
+
 _NUMBER = re.compile(r"(\[[a-z ]+\])?[-+~]?[\d.(]|-?$")
 
 

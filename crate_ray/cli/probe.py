@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import console, errors, print_json
+from crate_ray.cli.output import TO_MLFLOW, console, errors, print_json
 from crate_ray.config import ConfigError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _show(
     for made in drawn.values():
         for uri in made["files"]:
             console.print(uri, soft_wrap=True)
-    console.print("`crate-ray tracking sync` sends these to MLflow", style="dim")
+    console.print(TO_MLFLOW, style="dim")
 
 
 def _check(run_folders: list[str], *, pictures: bool, layers: list[int]) -> "list[RunFolder]":

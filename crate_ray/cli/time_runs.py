@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crate_ray.cli.arguments import Json
-from crate_ray.cli.output import errors, print_json, print_table, print_text
+from crate_ray.cli.output import TO_MLFLOW, console, errors, print_json, print_table, print_text
+from crate_ray.cli.progress import plural
 
 if TYPE_CHECKING:
     from crate_ray.runs import RunFolder
@@ -31,8 +32,10 @@ def time_runs(
     configs = {folder.uri: absolute_paths(folder.read_config()) for folder in folders}
     keys = {uri: timing_key(config) for uri, config in configs.items()}
     first_of = {key: uri for uri, key in reversed(keys.items())}
-    kinds = f"{len(first_of)} kind" + ("" if len(first_of) == 1 else "s")
-    errors.print(f"[dim]timing {kinds} of runs by turns, {rounds} rounds of {steps} steps ...[/dim]", soft_wrap=True)
+    errors.print(
+        f"[dim]timing {plural(len(first_of), 'kind')} of runs by turns, {rounds} rounds of {steps} steps ...[/dim]",
+        soft_wrap=True,
+    )
     found = time_exclusively({uri: configs[uri] for uri in first_of.values()}, steps=steps, rounds=rounds, may_be_busy=busy)
     timings = {folder.uri: found[first_of[keys[folder.uri]]].as_dict() for folder in folders}
     for folder in folders:
@@ -63,6 +66,7 @@ def _print(folders: "list[RunFolder]", timings: dict[str, dict[str, Any]]) -> No
     how = f"median over {len(last['rounds'])} rounds of {last['steps']} steps with its 95% interval"
     print_text(f"training on {last['hardware']}, {last['date']}: {how}")
     print_table(("run", "images/s", "interval", "batch"), rows)
+    console.print(TO_MLFLOW, style="dim")
     if not last["exclusive"]:
         errors.print(
             f"others used up to {last['other_cores']:.1f} cores meanwhile: comparisons leave these timings out; "

@@ -76,6 +76,7 @@ def test_a_second_timing_replaces_the_first_and_says_when_others_were_at_work(
     done = invoke("time", folder.uri, "--steps", 1, "--busy")
     assert done.code == 0
     assert "comparisons leave these timings out" in done.err
+    assert "`crate-ray tracking sync` sends these to MLflow" in done.out
     written = folder.read_json("timing.json") or {}
     assert written["exclusive"] is False
     assert "left" not in written
