@@ -70,7 +70,7 @@ def compare(
         answers=FolderAnswers(material.rows, split),
         layers=read_layers,
         unread=material.unread,
-        commands=(shlex.join(["crate-ray", *sys.argv[1:]]),),
+        commands=(this_command(),),
     )
     report, files = write_report(comparison, out or material.out)
     logged = log_report(comparison, report.parent, files, material)
@@ -79,6 +79,11 @@ def compare(
         print_json(as_document(comparison, report=report, logged=logged, advice=advice))
     else:
         print_comparison(comparison, report=report, logged=logged, advice=advice, store=material.store)
+
+
+def this_command() -> str:
+    """What the user typed, as a shell takes it."""
+    return shlex.join(["crate-ray", *sys.argv[1:]])
 
 
 def write_report(comparison: "Comparison", out: Path) -> tuple[Path, list[str]]:
@@ -110,13 +115,18 @@ def log_report(comparison: "Comparison", folder: Path, files: "Sequence[str]", m
     return log_comparison(
         material.store.uri,
         material.store.experiment,
-        name=material.name.rsplit("/", 1)[-1],
+        name=short_name(material.name),
         folder=folder,
         files=files,
         headline=comparison.headline,
         parent_uid=material.sweep_uid,
         tags={"metric": comparison.metric, "judged_split": comparison.judged_split or "none"},
     )
+
+
+def short_name(name: str) -> str:
+    """Of a folder or experiment, or of several together, the last part of each: 'one + two' for 'a/one + b/two'."""
+    return " + ".join(part.rsplit("/", 1)[-1] for part in name.split(" + "))
 
 
 def _check_out(out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crate_ray.cli.arguments import Json, Set
-from crate_ray.cli.compare import write_report
+from crate_ray.cli.compare import this_command, write_report
 from crate_ray.cli.compare_screen import as_document
 from crate_ray.cli.output import console, errors, link_lines, print_json, print_table, print_text
 from crate_ray.config import RunConfig
@@ -58,7 +58,7 @@ def quickstart(
             for folder in folders:
                 study.release(folder)
         with stages.time("comparison"):
-            comparison = _compare(folders, overrides)
+            comparison = _compare(folders)
             report, files = write_report(comparison, out)
         with stages.time("MLflow"):
             _log(study, report, files, comparison.headline)
@@ -106,15 +106,21 @@ def _probe(folders: "list[RunFolder]") -> None:
         folder.write_json(_REPORT, {**(folder.read_json(_REPORT) or {}), _PIXELS: pixels.value})
 
 
-def _compare(folders: "list[RunFolder]", overrides: list[str]) -> "Comparison":
+def _compare(folders: "list[RunFolder]") -> "Comparison":
     from crate_ray.analysis.comparison.compare import compare
     from crate_ray.analysis.comparison.layers import read_layers
     from crate_ray.cli.compare_sources import FolderAnswers
     from crate_ray.runs.rows import read_run_rows
 
-    rows = read_run_rows(folders, split="test").rows
-    command = " ".join(["crate-ray quickstart", *(f"--set {item}" for item in overrides)])
-    return compare(rows, name="quickstart", answers=FolderAnswers(rows, "test"), layers=read_layers, commands=(command,))
+    read = read_run_rows(folders, split="test")
+    return compare(
+        read.rows,
+        name="quickstart",
+        answers=FolderAnswers(read.rows, "test"),
+        layers=read_layers,
+        unread=read.unread,
+        commands=(this_command(),),
+    )
 
 
 def _log(study: "Study", report: Path, files: list[str], headline: str) -> None:
@@ -160,7 +166,7 @@ _LINES: "dict[str, Callable[[RunRow], str]]" = {
     "training GFLOPs an image": lambda row: f"{row.train_flops_per_image / 1e9:.3f}",
     "images/s": lambda row: "-" if row.images_per_s is None else f"{row.images_per_s:.0f}",
     "training seconds": lambda row: f"{3600 * row.train_hours:.0f}",
-    "mask ratio": lambda row: f"{row.settings['mask_ratio']:g}",
+    "mask ratio": lambda row: "-" if row.settings.get("mask_ratio") is None else f"{row.settings['mask_ratio']:g}",
     "validation loss": _value("eval_loss", ".4f"),
     "probe top-1": _interval("probe_top1"),
     "untrained encoder": _value("control_top1", ".1%"),

@@ -11,6 +11,8 @@ import pytest
 from synthetic_rows import Law, synthetic_row, synthetic_rows, synthetic_screening
 
 from crate_ray.analysis.comparison.noise import image_noise
+from crate_ray.cli import quickstart
+from crate_ray.cli.compare import short_name
 from crate_ray.cli.compare_sources import FolderAnswers, Store, gather
 from crate_ray.config import RunConfig, fingerprint
 from crate_ray.runs import Lease, NullSink, RunFolder, open_run
@@ -194,6 +196,26 @@ def test_a_server_that_is_down_is_an_error_for_an_experiment(invoke) -> None:
     result = invoke("compare", EXPERIMENT, "--uri", dead)
     assert result.code == 2
     assert f"MLflow at {dead} does not answer within 10 s" in result.err
+
+
+def test_the_report_of_several_names_is_logged_under_the_last_part_of_each() -> None:
+    assert short_name("a/one + b/two") == "one + two"
+    assert short_name("crate-mae/study") == "study"
+
+
+def test_the_quickstart_names_what_it_could_not_read_and_its_command_can_be_typed(finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/crate-ray", "quickstart", "--out", "my out", "--set", "name=a b"])
+    folders = [finished("digits_crate_mae", 0), finished("digits_mae", 0), RunFolder(str(tmp_path / "out" / "empty"))]
+    Path(folders[2].uri).mkdir()
+    comparison = quickstart._compare(folders)
+    assert comparison.commands == ("crate-ray quickstart --out 'my out' --set 'name=a b'",)
+    assert list(comparison.excluded.values()) == ["no run was started here, or it is being created"]
+
+
+def test_the_table_of_the_quickstart_has_a_dash_for_the_mask_ratio_of_a_classifier() -> None:
+    ratio = quickstart._LINES["mask ratio"]
+    assert ratio(synthetic_row(settings={"mask_ratio": None})) == "-"
+    assert ratio(synthetic_row()) == "0.75"
 
 
 def test_a_report_that_cannot_be_written_is_an_error_that_names_the_folder(invoke, tmp_path) -> None:
