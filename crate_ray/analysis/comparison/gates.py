@@ -217,7 +217,7 @@ def _by_run(configurations: Sequence[Configuration], value_of: Callable[[RunRow]
 def _untold_tuning(configurations: Sequence[Configuration]) -> Iterator[Finding]:
     labels = tuple(item.label for item in configurations if item.tuning_trials is None)
     if labels:
-        text = "How much these were tuned is not recorded: no trials of a sweep, or one whose screening cannot be read; judge it"
+        text = "How much these were tuned is not recorded: no trials of a sweep, or its screening cannot be read; judge it"
         yield Finding("flagged", "tuning_budget", {"not recorded": labels}, f"{text}: {names_text(labels)}.")
 
 
