@@ -363,3 +363,16 @@ def test_a_thousand_runs_are_written_in_fifteen_seconds(tmp_path):
     write_comparison(comparison, tmp_path)
     assert len(rows) >= 900
     assert time.process_time() - begun < 15
+
+
+@pytest.mark.slow
+def test_a_thousand_configurations_of_one_seed_are_written_in_ten_seconds(tmp_path):
+    law, widths = Law(), tuple(range(16, 1018, 3))
+    rows = synthetic_rows(
+        {"crate_mae": law.needing(0.5), "mae": law, "mae_all_tokens": law}, widths=widths, seeds=(0,), sweep=None
+    )
+    comparison = compare(rows, name="large", layers=synthetic_layers)
+    assert len(comparison.configurations) == 1002
+    begun = time.process_time()
+    write_comparison(comparison, tmp_path)
+    assert time.process_time() - begun < 10
