@@ -392,7 +392,7 @@ def test_a_task_of_the_cluster_whose_process_dies_is_one_message(monkeypatch):
 
     monkeypatch.setattr(indexing.ray, "get", died)
     with pytest.raises(ConfigError, match=r"process died each time .*; take fewer workers"):
-        indexing._result(None, "take fewer workers")
+        indexing.result_of(None, "take fewer workers")
 
 
 def test_a_folder_of_splits_names_them_and_a_missing_one_is_said_to_be_missing(tmp_path, shapes_folder):
