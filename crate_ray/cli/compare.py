@@ -149,18 +149,17 @@ def _check_read(material: Material) -> None:
 
 def _lacks(row: "RunRow", metric: str) -> bool:
     """Whether a run that would be compared was not judged on the split, and lacks the metric for it."""
-    return (
-        row.is_complete
-        and row.kind != "control"
-        and row.stage != "screen"
-        and row.judged_split is None
-        and metric not in row.values
-    )
+    return _is_compared(row) and row.judged_split is None and metric not in row.values
+
+
+def _is_compared(row: "RunRow") -> bool:
+    """Whether a run would be compared, were it judged."""
+    return row.is_complete and row.kind != "control" and row.stage != "screen"
 
 
 def _check_judged(material: Material, unjudged: "Sequence[RunRow]", metric: str, split: "Split") -> None:
     """Refuses runs none of which was judged on the split, with the command that judges them."""
-    compared = [row for row in material.rows if row.is_complete and row.kind != "control" and row.stage != "screen"]
+    compared = [row for row in material.rows if _is_compared(row)]
     if not unjudged or len(unjudged) < len(compared):
         return
     flag = "--validation" if split == "test" else "--test"
